@@ -1,0 +1,15 @@
+"""Bring the experts of a merge to one order of units, and say what that did.
+
+`members` proves each expert's symmetry on its real weights, `rows` draws what the models are run on, `search` matches
+units by weights and activations, `scoring` tries a value of alpha, `record` is what is written of all this. The engine
+then gets checkpoints in which every unit stands in its place.
+
+    with open_inputs(recipe) as inputs:
+        found = aligned(recipe, build(recipe, inputs), inputs, root)
+        found.write(tree)
+"""
+
+from modelweld.stages.align.aligning import aligned
+from modelweld.stages.align.record import DOCUMENT, PLACES, Aligned
+
+__all__ = ["DOCUMENT", "PLACES", "Aligned", "aligned"]

@@ -1,0 +1,167 @@
+"""The models of an alignment: each one's symmetry by the names that all share, proved on its real weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelweld.checkpoints import Checkpoint
+from modelweld.checkpoints.alignment import is_buffer
+from modelweld.config.align import Align
+from modelweld.errors import ConfigError, MergeError
+from modelweld.merging.engine import Inputs
+from modelweld.merging.engine.inputs import Expert
+from modelweld.stages.symmetry import derived, given
+from modelweld.symmetry import Factor, Spec, prove
+from modelweld.symmetry.families import STATISTICS
+from modelweld.symmetry.instances import example_inputs, instantiate
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the alignment: its names beside the common ones, and its own spec with the common groups."""
+
+    label: str
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    spec: Spec
+
+
+def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[Member]]:
+    """The spec that all experts share, by common names, and each expert's own with the groups of that one."""
+    specs = [given(Path(settings.spec)) if settings.spec else _derived(expert, root) for expert in inputs.experts]
+    first, names = inputs.experts[0], [expert.alignment.names for expert in inputs.experts]
+    tied = set(inputs.tied)
+    shared = [name for name in names[0] if name not in tied and all(name in other for other in names[1:])]
+    shared = [name for name in shared if _movable(first, names[0][name], specs[0])]
+    axes = {name: specs[0].axes[names[0][name]] for name in shared}
+    used = {factor.group for own in axes.values() for axis in own for factor in axis if factor.group}
+    groups = {name: group for name, group in specs[0].groups.items() if name in used}
+    reads = frozenset(
+        (name, dim) for name in shared for dim in range(len(axes[name])) if (names[0][name], dim) in specs[0].reads
+    )
+    common = Spec(groups, axes, reads)
+    if not common.groups:
+        raise MergeError(
+            "nothing in this architecture can be permuted",
+            where=first.label,
+            mend="merge without `align:`; `modelweld symmetry` says what froze each axis",
+        )
+    members = []
+    for expert, spec in zip(inputs.experts, specs, strict=True):
+        own = expert.alignment.names
+        known = _renaming(axes, spec, own, first.label, expert.label)
+        names_here = {name: own[name] for name in common.axes}
+        members.append(
+            Member(expert.label, expert.checkpoint, names_here, _renamed(spec, known, common, expert.checkpoint))
+        )
+    return common, members
+
+
+def base_member(inputs: Inputs, common: Spec) -> Member:
+    if inputs.base is None:
+        raise ConfigError("the recipe names no base", where="base", mend="name it")
+    return Member(BASE, inputs.base, {name: name for name in common.axes}, common)
+
+
+def load(member: Member, inputs: Inputs) -> nn.Module:
+    """The transformers model of a member in float32, of the class that its spec was derived from."""
+    lender = inputs.experts[0].checkpoint if member.label == BASE else member.checkpoint
+    config = _config(lender)
+    model: nn.Module = type(instantiate(config)).from_pretrained(  # type: ignore[attr-defined]
+        member.checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
+
+
+def proved(model: nn.Module, member: Member) -> float:
+    try:
+        return prove(model, member.spec, example_inputs(model))
+    except MergeError as error:
+        raise MergeError(error.what, where=f"{member.label}, {error.where}", mend=error.mend) from error
+
+
+def moves(axes: Sequence[Sequence[Factor]]) -> bool:
+    return any(factor.group for axis in axes for factor in axis)
+
+
+def _derived(expert: Expert, root: Path) -> Spec:
+    try:
+        return derived(_config(expert.checkpoint), root)
+    except MergeError as error:
+        raise MergeError(error.what, where=f"{expert.label}, {error.where}", mend=error.mend) from error
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise ConfigError(f"no config that transformers knows: {message}", where=str(checkpoint.path)) from error
+
+
+def _movable(expert: Expert, stored: str, spec: Spec) -> bool:
+    """Whether a tensor takes part; MergeError for a trained one that the architecture does not have."""
+    info = expert.checkpoint.tensors[stored]
+    if not info.dtype.is_floating_point:
+        return False
+    if stored in spec.axes:
+        return True
+    if is_buffer(stored) and not stored.endswith(STATISTICS):
+        return False
+    raise MergeError(
+        f"{expert.label} stores {stored!r}, which its architecture has not under that name",
+        where=expert.checkpoint.place(stored),
+        mend="load it with this version of transformers and save it again, or give a spec file (align.spec)",
+    )
+
+
+def _renaming(
+    axes: Mapping[str, tuple[tuple[Factor, ...], ...]], spec: Spec, names: Mapping[str, str], first: str, label: str
+) -> dict[str, str]:
+    """An expert's groups by the first expert's names for them; MergeError where the two architectures differ."""
+    known: dict[str, str] = {}
+    for name, ours in axes.items():
+        theirs = spec.axes.get(names[name], ())
+        factors = list(zip([f for a in ours for f in a], [f for a in theirs for f in a], strict=False))
+        same = [len(axis) for axis in ours] == [len(axis) for axis in theirs]
+        for one, other in factors:
+            same &= one.size == other.size and (one.group is None) == (other.group is None)
+            if other.group is not None and one.group is not None:
+                same &= known.setdefault(other.group, one.group) == one.group
+        if not same:
+            raise MergeError(
+                f"{first} and {label} cannot be permuted alike there", where=name, mend="align one architecture"
+            )
+    return known
+
+
+def _renamed(spec: Spec, known: Mapping[str, str], common: Spec, checkpoint: Checkpoint) -> Spec:
+    """An expert's spec with the common groups; what only its head has stays as it is."""
+
+    def factor(own: Factor) -> Factor:
+        group = known.get(own.group) if own.group else None
+        return Factor(own.size, group, own.why if group or not own.group else "the head's own")
+
+    def axis(tensor: str, dim: int, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+        found = tuple(factor(own) for own in factors)
+        info = checkpoint.tensors.get(tensor)
+        if len(found) == 1 and found[0].group is None and info is not None and dim < len(info.shape):
+            # Heads have as many labels as their task, whatever the spec was written for.
+            return (replace(found[0], size=info.shape[dim]),)
+        return found
+
+    axes = {
+        name: tuple(axis(name, dim, factors) for dim, factors in enumerate(shape)) for name, shape in spec.axes.items()
+    }
+    return Spec(common.groups, axes, spec.reads)

@@ -1,0 +1,130 @@
+"""One alignment: symmetries proved, activations collected once, units matched, and the result checked on the models."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from modelweld.config.align import Align
+from modelweld.errors import ConfigError, MergeError
+from modelweld.merging.engine import Inputs
+from modelweld.stages.align.members import Member, load, proved
+from modelweld.stages.align.rows import Calibration, calibration_of
+from modelweld.stages.align.scoring import Scorer
+from modelweld.symmetry import Alignment, Spec, Zipped, align, zip_models
+from modelweld.symmetry.instances import example_inputs
+from modelweld.symmetry.observing import observe
+from modelweld.symmetry.proof import TOLERANCE, output_error
+from modelweld.symmetry.view import Stored
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where units go, the alpha that was used and how it scored beside others, and how exact it all is."""
+
+    placement: Alignment | Zipped
+    alpha: float
+    curve: Mapping[float, float] | None
+    calibration: Mapping[str, Any] | None
+    proofs: Mapping[str, float]
+    preserved: Mapping[str, float]
+
+
+def search(settings: Align, common: Spec, members: Sequence[Member], inputs: Inputs) -> Found:
+    """The alignment of `members`. With calibration rows all models are in memory at once, else one after the other.
+
+    Raises ConfigError for rows that the settings need and do not name, MergeError for a symmetry that does not hold.
+    """
+    wants = _wants_activations(settings)
+    calibration = calibration_of(settings, inputs.reference.path) if wants else None
+    models: list[nn.Module] = []
+    proofs: dict[str, float] = {}
+    for member in members:
+        model = load(member, inputs)
+        proofs[member.label] = proved(model, member)
+        if calibration is not None:
+            models.append(model)
+        del model
+    activations = _observed(settings, members, models, calibration) if calibration is not None else {}
+    match = _matcher(settings, common, members, activations)
+    curve = None
+    if settings.alpha == "auto":
+        curve = Scorer(settings, members, models, inputs).curve(match)
+        alpha = max(curve, key=lambda value: (curve[value], -abs(value - 0.5)))
+    elif settings.space == "activations":
+        alpha = 0.0
+    else:
+        alpha = settings.alpha if wants else 1.0
+    placement = match(alpha)
+    del models, activations, match
+    preserved = _preserved(placement, members, inputs) if isinstance(placement, Alignment) else {}
+    return Found(placement, alpha, curve, calibration.record if calibration else None, proofs, preserved)
+
+
+def _wants_activations(settings: Align) -> bool:
+    wants = settings.space != "weights" and bool(settings.calibration)
+    if not wants and settings.space in ("dual", "activations"):
+        raise ConfigError(
+            f"space: {settings.space} needs rows to run the models on", where="align.calibration", mend="name them"
+        )
+    if not wants and settings.alpha == "auto":
+        raise ConfigError(
+            "alpha: auto weighs weights against activations, and there are no calibration rows",
+            where="align.calibration",
+            mend="calibration: {name: {dataset: …}}",
+        )
+    return wants
+
+
+def _matcher(
+    settings: Align, common: Spec, members: Sequence[Member], activations: Mapping[str, Tensor]
+) -> Callable[[float], Alignment | Zipped]:
+    states = [Stored(member.checkpoint, member.names) for member in members]
+    options: dict[str, Any] = {"seed": settings.seed, "patience": settings.patience, "sweeps": settings.sweeps}
+    if settings.mode == "align":
+        return lambda alpha: align(states, common, activations, alpha, **options)
+    zipped = partial(zip_models, inside=settings.inside, budget=settings.budget)
+    return lambda alpha: zipped(states, common, activations, alpha, **options)
+
+
+def _observed(
+    settings: Align, members: Sequence[Member], models: Sequence[nn.Module], calibration: Calibration
+) -> dict[str, Tensor]:
+    first = members[0]
+    for member, model in zip(members, models, strict=True):
+        if type(model) is not type(models[0]):
+            raise MergeError(
+                f"{member.label} is a {type(model).__name__}, {first.label} a {type(models[0]).__name__}",
+                where="align",
+                mend="align by weights alone: space: weights",
+            )
+    calls = [call_of(models[0], batch) for batch in calibration.batches]
+    return observe(models, first.spec, calls, whole=settings.mode == "zip")
+
+
+def call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A batch as the keywords that this model's forward takes."""
+    taken = inspect.signature(model.forward).parameters
+    call: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in taken}
+    if "decoder_input_ids" in taken:
+        call["decoder_input_ids"] = call["input_ids"]
+    return call | ({"use_cache": False} if "use_cache" in taken else {})
+
+
+def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> dict[str, float]:
+    """By model, how far the permutations that were found move its outputs; MergeError where they do."""
+    preserved = {}
+    for member, permutations in zip(members, found.permutations, strict=True):
+        model = load(member, inputs)
+        error = output_error(model, member.spec, example_inputs(model), permutations)
+        preserved[member.label] = error
+        if error >= TOLERANCE:
+            raise MergeError(
+                f"its alignment changes what it computes by {error:.1e}", where=member.label, mend="report this"
+            )
+    return preserved
