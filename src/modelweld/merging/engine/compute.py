@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from blake3 import blake3
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
-from modelweld.checkpoints.shards import ShardFile, Slot
+from modelweld.checkpoints.shards import Slot
 from modelweld.config.methods import MethodParameters, Ties
 from modelweld.errors import CheckpointError, MergeError
 from modelweld.merging.engine.adapters import factors_of, merge_factors, stored_factor
@@ -41,6 +41,13 @@ _READ = 1 << 22  # bytes of one read of a whole tensor
 BASE = "base"
 
 Hashers: TypeAlias = "dict[str, blake3]"
+
+
+class Target(Protocol):
+    """Where a tensor's bytes go: a shard on disk, or memory."""
+
+    def write(self, slot: Slot, start: int, data: memoryview) -> None:
+        """Put bytes at `start` of the slot."""
 
 
 class Cancelled(Exception):
@@ -111,7 +118,7 @@ class Worker:
         finally:
             self._shared = None
 
-    def make(self, tensor: TensorPlan, slot: Slot, out: ShardFile) -> Finished:
+    def make(self, tensor: TensorPlan, slot: Slot, out: Target) -> Finished:
         """Write one tensor into its slot.
 
         Raises CheckpointError naming tensor and model for values that are not finite, MergeError from the method.
@@ -125,7 +132,7 @@ class Worker:
         make = self._whole if whole else self._streamed
         return make(tensor, tensor.parameters, slot, out)
 
-    def _copy(self, tensor: TensorPlan, slot: Slot, out: ShardFile) -> Finished:
+    def _copy(self, tensor: TensorPlan, slot: Slot, out: Target) -> Finished:
         source = self._inputs.reference
         label = BASE if self._inputs.base is not None else self._labels[0]
         read, written = blake3(), blake3()
@@ -136,7 +143,7 @@ class Worker:
             self._emit(values.to(tensor.dtype), slot, start, out, written)
         return Finished(tensor.name, written.hexdigest(), {label: read.hexdigest()})
 
-    def _streamed(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: ShardFile) -> Finished:
+    def _streamed(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
         chosen = method(parameters.method)
         base = self._inputs.base if chosen.needs_base else None
         hashers: Hashers = {label: blake3() for label in (*self._labels, BASE)}
@@ -215,7 +222,7 @@ class Worker:
             stack.sub_(origin)
         return stack, origin
 
-    def _whole(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: ShardFile) -> Finished:
+    def _whole(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
         chosen, shared = method(parameters.method), self._shared or _Shared()
         if shared.stack is None:
             shared.stack, shared.origin = self._gathered(tensor, parameters, shared.inputs)
@@ -250,7 +257,7 @@ class Worker:
                 stack[index].sub_(origin)
         return stack, origin
 
-    def _from_factors(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: ShardFile) -> Finished:
+    def _from_factors(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
         """As `_whole`, for a weight that every expert changes by low-rank factors, or not at all."""
         chosen, target = method(parameters.method), tensor.whole or tensor
         shared = self._shared or _Shared()
@@ -292,7 +299,7 @@ class Worker:
         tensor: TensorPlan,
         inputs: dict[str, str],
         slot: Slot,
-        out: ShardFile,
+        out: Target,
     ) -> Finished:
         """Add a whole tensor's delta to the base's `flat`, round and write it."""
         self._check_stop()
@@ -313,7 +320,7 @@ class Worker:
         tensor: TensorPlan,
         slot: Slot,
         start: int,
-        out: ShardFile,
+        out: Target,
         written: blake3,
         rounding: Rounding,
     ) -> None:
@@ -366,7 +373,7 @@ class Worker:
             self._buffers[key] = torch.empty(size, dtype=dtype)
         return self._buffers[key][: rows * count].view(rows, count)  # (rows, count)
 
-    def _emit(self, values: Tensor, slot: Slot, start: int, out: ShardFile, hasher: blake3) -> None:
+    def _emit(self, values: Tensor, slot: Slot, start: int, out: Target, hasher: blake3) -> None:
         if values.numel():
             view = bytes_of(values.contiguous())
             hasher.update(view)
