@@ -2,7 +2,8 @@
 
 `checkpoint` opens model directories (headers are checked by `header`, as hostile input), `alignment` matches names of
 models that store one backbone under different prefixes, `shards` lays safetensors files out before their tensors are
-known, `digests` identifies weights, `loading` gives transformers models and plain directories back.
+known, `digests` identifies weights, `adapter` reads LoRA adapters as low-rank deltas and `folding` as whole models,
+`loading` gives transformers models and plain directories back.
 
     with Checkpoint.open("models/base") as base:
         weight = base.read("encoder.layer.0.output.dense.weight")

@@ -3,8 +3,8 @@
 Only what has one meaning is read; variants whose delta is not scaling · B A (DoRA and the rest), and adapters whose
 initialisation has changed the base under them (PiSSA and its kin), are refused by name.
 
-    adapter = Adapter.open("adapters/sst2", base)
-    delta = adapter.pairs["encoder.layer.0.attention.self.query.weight"]
+    adapter = Adapter.open("adapters/sst2", base, "sst2")
+    B, A = adapter.factors("encoder.layer.0.attention.self.query.weight", adapter.checkpoint.read)
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from modelweld.checkpoints.alignment import Alignment, has_task_head
 from modelweld.checkpoints.checkpoint import Checkpoint, read_json
 from modelweld.checkpoints.digests import tensor_digest
+from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -79,6 +81,8 @@ _KNOWN = frozenset(
         "ensure_weight_tying",
     ]
 )
+# PEFT's names of tasks with a head of their own, and transformers' of the classes that have it.
+_CLASSIFIERS = {"SEQ_CLS": "SEQUENCE_CLASSIFICATION", "TOKEN_CLS": "TOKEN_CLASSIFICATION"}
 _PAIR = re.compile(r"^(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))$")
 
 
@@ -113,8 +117,8 @@ class Adapter:
     alignment: Alignment
 
     @classmethod
-    def open(cls, path: str | Path, base: Checkpoint, label: str, transposed: frozenset[str]) -> Self:
-        """The adapter in a directory; `transposed` names the base's weights that are stored (in, out).
+    def open(cls, path: str | Path, base: Checkpoint, label: str) -> Self:
+        """The adapter in a directory.
 
         Raises CheckpointError naming the adapter, called `label`, for another kind of adapter, for a variant of LoRA
         that is no plain low-rank delta, and for factors that do not fit the base.
@@ -127,9 +131,19 @@ class Adapter:
                 f"{label} is an adapter without {WEIGHTS}", where=str(path), mend="save it with safe_serialization=True"
             )
         with Checkpoint.open(path / WEIGHTS) as own:
-            reading = _Reading(own, base, label, config, transposed)
+            reading = _Reading(own, base, label, config)
             reading.sort()
             return cls(own.beside(base), config, reading.pairs, reading.touched, reading.alignment())
+
+    def factors(self, name: str, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+        """B (n, r) and A (r, m) of a weight's delta B @ A, in float64, in the layout of the weight, scaling folded in.
+
+        `name` is a key of `pairs`; `read` brings a stored tensor.
+        """
+        pair = self.pairs[name]
+        # `read` may hand out one buffer again and again, so both factors are copies.
+        left, right = read(pair.B).double() * pair.scaling, read(pair.A).to(torch.float64, copy=True)
+        return (right.mT, left.mT) if pair.table or pair.transposed else (left, right)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -146,7 +160,8 @@ def write_config(directory: Path, ranks: Mapping[str, int], experts: Mapping[str
     others = {module: own for module, own in sorted(ranks.items()) if own != rank}
     document = {
         "peft_type": "LORA",
-        "task_type": experts.get("task_type"),
+        # A classifier's task would make PEFT look for its head in the adapter; heads lie beside it, one a task.
+        "task_type": None if experts.get("task_type") in _CLASSIFIERS else experts.get("task_type"),
         "base_model_name_or_path": experts.get("base_model_name_or_path"),
         "inference_mode": True,
         "r": rank,
@@ -164,7 +179,15 @@ def write_config(directory: Path, ranks: Mapping[str, int], experts: Mapping[str
     (directory / CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+class Shaped(Protocol):
+    """A tensor, or what is known of one that was not read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its extents."""
+
+
+def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, Shaped]) -> dict[str, Any]:
     """The config.json of the model that an adapter's head belongs to; empty when it cannot be told.
 
     It is the adapter's own when it has one. PEFT does not write any: then it is the base's, with the architecture that
@@ -172,9 +195,8 @@ def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, torch.Ten
     """
     if adapter.checkpoint.config:
         return adapter.checkpoint.config
-    tables = {"SEQ_CLS": "SEQUENCE_CLASSIFICATION", "TOKEN_CLS": "TOKEN_CLASSIFICATION"}
-    family = tables.get(str(adapter.config.get("task_type")))
-    matrices = [tensor for tensor in head.values() if tensor.ndim == 2]
+    family = _CLASSIFIERS.get(str(adapter.config.get("task_type")))
+    matrices = [tensor for tensor in head.values() if len(tensor.shape) == 2]
     if family is None or not matrices:
         return {}
     from transformers.models.auto import modeling_auto
@@ -195,10 +217,9 @@ def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, torch.Ten
 class _Reading:
     """One adapter's tensors sorted into pairs, whole tensors and a head."""
 
-    def __init__(
-        self, own: Checkpoint, base: Checkpoint, label: str, config: Mapping[str, Any], transposed: frozenset[str]
-    ) -> None:
-        self.own, self.base, self.label, self.config, self.transposed = own, base, label, config, transposed
+    def __init__(self, own: Checkpoint, base: Checkpoint, label: str, config: Mapping[str, Any]) -> None:
+        self.own, self.base, self.label, self.config = own, base, label, config
+        self.transposed = stored_transposed(base)
         self.pairs: dict[str, Pair] = {}
         self.whole: dict[str, str] = {}
         self.head: list[str] = []

@@ -48,6 +48,8 @@ def content_digest(path: Path | str) -> str:
     """
     root = Path(path)
     names = [*root.glob("*.safetensors"), *root.glob("*.safetensors.index.json"), *root.glob("config.json")]
+    # The scaling of an adapter's delta stands in its config alone.
+    names += [*root.glob("adapter_config.json")]
     names += [*root.glob("heads/*/*.safetensors"), *root.glob("heads/*/config.json")]
     if not any(file.suffix == ".safetensors" for file in names):
         raise CheckpointError("holds no safetensors weights", where=str(root))

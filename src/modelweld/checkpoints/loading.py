@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelweld.checkpoints.checkpoint import Checkpoint
+from modelweld.checkpoints.adapter import is_adapter
+from modelweld.checkpoints.checkpoint import Checkpoint, read_json
+from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.header import TensorInfo
 from modelweld.checkpoints.shards import ShardFile, lay_out
 from modelweld.errors import CheckpointError, ConfigError
@@ -41,14 +44,17 @@ def tasks(path: str | Path) -> list[str]:
     return sorted(file.parent.name for file in Path(path).glob(f"{HEADS}/*/{HEAD_WEIGHTS}"))
 
 
-def load(path: str | Path, task: str | None = None, device: str = "cpu") -> Any:
+def load(path: str | Path, task: str | None = None, device: str = "cpu", *, base: str | Path | None = None) -> Any:
     """The transformers model in a directory, in evaluation mode: with the head of `task`, or as its config says.
 
     A merged directory without a task gives its backbone. A plain Hugging Face directory has one head at most, and
-    `task` is then only its name. Raises ConfigError for a task without a head, CheckpointError for missing weights.
+    `task` is then only its name. A PEFT adapter is folded into the model in `base`, in float32. Raises ConfigError for
+    a task without a head and an adapter without a base, CheckpointError for missing weights.
     """
     from transformers import AutoConfig
 
+    if is_adapter(path):
+        return _load_adapter(Path(path), task, base).to(device).eval()
     root = _directory(path)
     if task is None or not (root / HEADS).is_dir():
         config = AutoConfig.from_pretrained(root, local_files_only=True)
@@ -60,43 +66,57 @@ def load(path: str | Path, task: str | None = None, device: str = "cpu") -> Any:
         model, report = _model_class(config).from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True
         )
-    missing = sorted(report["missing_keys"])
-    if missing and (task is not None or not (root / HEADS).is_dir()):
-        raise CheckpointError(
-            f"{len(missing)} weights are not in the checkpoint, first {missing[0]!r}",
-            where=str(root),
-            mend="the directory is incomplete: merge or fetch it again",
-        )
+    if task is not None or not (root / HEADS).is_dir():
+        _require_whole(report, root)
     return model.to(device).eval()
+
+
+def config_of(path: str | Path, task: str | None = None, base: str | Path | None = None) -> dict[str, Any]:
+    """What config.json says of the model that `load` gives for the same arguments; empty when there is none."""
+    root = Path(path)
+    if task is not None and (root / HEADS).is_dir():
+        return read_json(_head_directory(root, task) / "config.json")
+    if is_adapter(root):
+        with Folded.onto(base, root) as model:
+            return model.config
+    file = root / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_directory(path), local_files_only=True)
+    return AutoTokenizer.from_pretrained(Path(path) if is_adapter(path) else _directory(path), local_files_only=True)
 
 
-def export(path: str | Path, task: str | None, out: str | Path) -> Path:
+def export(path: str | Path, task: str | None, out: str | Path, *, base: str | Path | None = None) -> Path:
     """Write a merged model, with one task's head on, as a plain Hugging Face directory that needs no modelweld.
 
     Tensors get the names of the task's own architecture; config.json is the head's, tokenizer and generation files
-    the merge's. Returns `out`. Raises ConfigError when `out` exists and holds anything.
+    the merge's. An adapter is folded into the model in `base`, whose dtypes and files it takes. Returns `out`. Raises
+    ConfigError when `out` exists and holds anything.
     """
-    root, target = _directory(path), Path(out)
+    adapter = is_adapter(path)
+    root, target = Path(path) if adapter else _directory(path), Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("exists and is not empty", where=str(target), mend="name a new directory")
     found = tasks(root)
     if task is None and found:
         raise ConfigError(f"has heads for {', '.join(found)}", where=str(root), mend="choose one with --task")
-    head = _head_directory(root, task) if task is not None else None
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(root.iterdir()):
-        if file.is_file() and not WEIGHTS.search(file.name):
-            shutil.copyfile(file, target / file.name)
-    if head is not None:
-        shutil.copyfile(head / "config.json", target / "config.json")
-    with Checkpoint.open(root) as backbone:
+    # An adapter that is no merge has one head at most, and `task` is then only its name.
+    head = _head_directory(root, task) if task is not None and (found or not adapter) else None
+    with Folded.onto(base, root, rounded=True) if adapter else Checkpoint.open(root) as backbone:
+        config = backbone.config if adapter else None
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(_directory(base).iterdir() if adapter and base is not None else root.iterdir()):
+            if file.is_file() and not WEIGHTS.search(file.name):
+                shutil.copyfile(file, target / file.name)
+        if head is not None:
+            shutil.copyfile(head / "config.json", target / "config.json")
+        elif config is not None:
+            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+            (target / "config.json").write_text(text + "\n", encoding="utf-8")
         if head is None:
             _copy([(name, backbone, info) for name, info in backbone.tensors.items()], target)
         else:
@@ -135,6 +155,40 @@ def _copy(entries: list[tuple[str, Checkpoint, TensorInfo]], target: Path) -> No
     index = layout.index()
     if index is not None:
         (target / "model.safetensors.index.json").write_bytes(index)
+
+
+def _load_adapter(root: Path, task: str | None, base: str | Path | None) -> Any:
+    import transformers
+
+    head = _head_directory(root, task) if task is not None and (root / HEADS).is_dir() else None
+    with Folded.onto(base, root) as model:
+        document = model.config if head is None else read_json(head / "config.json")
+        state = {name: model.read(name) for name in model.tensors}
+    if head is not None:
+        from safetensors.torch import load_file
+
+        prefix, reference_prefix = _head_prefixes(head)
+        state = {prefix + name.removeprefix(reference_prefix): tensor for name, tensor in state.items()}
+        state.update(load_file(head / HEAD_WEIGHTS))
+    kind = document.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"transformers knows no model type {kind!r}", where=f"{base}/config.json")
+    config = transformers.CONFIG_MAPPING[kind].from_dict(document)
+    loaded, report = _model_class(config).from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
+    )
+    _require_whole(report, root)
+    return loaded
+
+
+def _require_whole(report: Mapping[str, Any], root: Path) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} weights are not in the checkpoint, first {missing[0]!r}",
+            where=str(root),
+            mend="the directory is incomplete: merge or fetch it again",
+        )
 
 
 def _state(root: Path, head: Path) -> dict[str, torch.Tensor]:

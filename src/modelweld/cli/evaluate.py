@@ -9,6 +9,11 @@ import typer
 
 from modelweld.cli.app import app, emit
 
+Base = Annotated[
+    Path | None,
+    typer.Option(help="What an adapter is folded into; models/base of the project by default, else what it names."),
+]
+
 
 @app.command()
 def evaluate(
@@ -29,6 +34,7 @@ def evaluate(
     params: Annotated[Path, typer.Option(help="Where a task's dataset and columns are looked up.")] = Path(
         "params.yaml"
     ),
+    base: Base = None,
 ) -> None:
     """Score one model on one task; what is not said here is taken from params.yaml, where there is one."""
     from modelweld.reporting.tables import task_table
@@ -36,7 +42,7 @@ def evaluate(
 
     said = {"dataset": dataset, "split": split, "text": text, "label": label, "max_length": max_length}
     sample, how = asked(task, params, said, metric)
-    document = evaluate_model(model, sample, how, task=task, expert=expert, root=Path()).to_dict()
+    document = evaluate_model(model, sample, how, task=task, expert=expert, root=Path(), base=base).to_dict()
     emit(document, task_table(document))
 
 
@@ -58,9 +64,11 @@ def export(
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     task: Annotated[str | None, typer.Option(help="Whose head; not needed for a model with one head.")] = None,
     model: Annotated[Path, typer.Option(help="The merged directory.")] = Path("merged"),
+    base: Base = None,
 ) -> None:
     """A plain Hugging Face directory of one task, which needs no modelweld."""
+    from modelweld.checkpoints.folding import base_for
     from modelweld.checkpoints.loading import export as write
 
-    written = write(model, task, out)
+    written = write(model, task, out, base=base_for(model, base, Path()))
     emit({"model": str(model), "task": task, "out": str(written)}, f"exported: {written}")

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from blake3 import blake3
 
+from modelweld.checkpoints.adapter import is_adapter
 from modelweld.checkpoints.alignment import align, is_buffer
 from modelweld.checkpoints.checkpoint import Checkpoint
 from modelweld.checkpoints.digests import content_digest
+from modelweld.checkpoints.folding import opened
 from modelweld.checkpoints.loading import load
 from modelweld.errors import CheckpointError, ConfigError, ExternalError, InputError
 from modelweld.evaluation.batching import token_batches
@@ -50,13 +52,21 @@ class System:
     """What is scored under one name: `backbone` with its own head of `task`, or with the head of another model.
 
     `head` lends a head where the backbone has none: the base with the expert's head is what the base knows without any
-    finetuning.
+    finetuning. `base` is what adapters, as either of the two, are folded into.
     """
 
     name: str
     backbone: Path
     task: str | None = None
     head: Path | None = None
+    base: Path | None = None
+
+    @property
+    def side_files(self) -> Path:
+        """Where its tokenizer and the like are: an adapter may have been saved without any, and uses its base's."""
+        if self.base is None or not is_adapter(self.backbone):
+            return self.backbone
+        return self.backbone if any((self.backbone / name).is_file() for name in TOKENIZER_FILES) else self.base
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ def _check_positions(model: Any, longest: int, where: str) -> None:
 def open_system(system: System, kind: Kind = "text-classification") -> Any:
     """The system's transformers model on the CPU; CheckpointError when a head or a part of the backbone is missing."""
     lends = system.head or system.backbone
-    model = load(lends, task=system.task)
+    model = load(lends, task=system.task, base=system.base)
     ending, what = KINDS[kind]
     if not type(model).__name__.endswith(ending):
         raise CheckpointError(
@@ -216,7 +226,7 @@ def open_system(system: System, kind: Kind = "text-classification") -> Any:
     if system.head is None:
         return model
     state = model.state_dict()
-    with Checkpoint.open(system.backbone) as backbone, Checkpoint.open(system.head) as lender:
+    with opened(system.backbone, system.base) as backbone, opened(system.head, system.base) as lender:
         alignment = align(backbone, lender, str(system.head))
         if any(stored not in state and not is_buffer(stored) for stored in alignment.names.values()):
             return _converted(model, lender, {stored: backbone.read(name) for name, stored in alignment.names.items()})
@@ -245,6 +255,10 @@ def _converted(model: Any, lender: Checkpoint, backbone: Mapping[str, torch.Tens
 
 
 def model_digest(system: System) -> str:
-    """One digest for the weights and configuration that make this system, a lent head included."""
-    own = content_digest(system.backbone)
-    return own if system.head is None else content_key({"backbone": own, "head": content_digest(system.head)})
+    """One digest for the weights and configs that make this system, a lent head and an adapter's base included."""
+    parts = {"backbone": content_digest(system.backbone)}
+    if system.head is not None:
+        parts["head"] = content_digest(system.head)
+    if system.base is not None and any(is_adapter(path) for path in (system.backbone, system.head) if path is not None):
+        parts["base"] = content_digest(system.base)
+    return parts["backbone"] if len(parts) == 1 else content_key(parts)

@@ -13,8 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modelweld.checkpoints.checkpoint import read_json
-from modelweld.checkpoints.loading import HEADS, load_tokenizer, tasks
+from modelweld.checkpoints.folding import base_for
+from modelweld.checkpoints.loading import config_of, load_tokenizer, tasks
 from modelweld.config import Evaluate, Task, load_params
 from modelweld.errors import CheckpointError, ConfigError, DiskFull, InputError
 from modelweld.evaluation.cache import PredictionCache, Predictions
@@ -96,11 +96,11 @@ def evaluate(task: str, params_file: Path, root: Path) -> dict[str, Any]:
     if task not in params.tasks:
         raise ConfigError(f"no task {task!r}", where=str(params_file), mend=f"one of: {', '.join(params.tasks)}")
     sample = Sample.of(params.tasks[task], root)
-    expert = root / "models" / params.tasks[task].model
+    expert, base = root / "models" / params.tasks[task].model, root / "models" / "base"
     trial = Trial(
         task=task,
         rows=sample.read(),
-        space=_classes(expert),
+        space=_classes(expert, base=base),
         settings=_settings(sample.max_length, params.evaluate),
         cache=_cache(root),
     )
@@ -112,18 +112,26 @@ def evaluate(task: str, params_file: Path, root: Path) -> dict[str, Any]:
 
 
 def evaluate_model(
-    model: Path, sample: Sample, how: Evaluate, *, task: str | None, expert: Path | None, root: Path
+    model: Path,
+    sample: Sample,
+    how: Evaluate,
+    *,
+    task: str | None,
+    expert: Path | None,
+    root: Path,
+    base: Path | None = None,
 ) -> TaskScores:
     """Scores of one model directory on one sample, as system "model"; writes nothing but the cache below `root`.
 
     `task` chooses the head of a merged directory. With `expert`, a second directory, scores are normalised by its; else
-    the model is its own measure.
+    the model is its own measure. Adapters are folded into `base`, by default the project's in `root`.
     """
     heads = tasks(model)
     if heads and task not in heads:
         missing = "it holds several heads" if task is None else f"no head for task {task!r}"
         raise ConfigError(missing, where=str(model), mend=f"--task: one of {', '.join(heads)}")
-    classes = _classes(model / HEADS / str(task) if heads else model)
+    own = base_for(model, base, root)
+    classes = _classes(model, task if heads else None, own)
     trial = Trial(
         task=task or model.resolve().name,
         rows=sample.read(),
@@ -131,14 +139,15 @@ def evaluate_model(
         settings=_settings(sample.max_length, how),
         cache=_cache(root),
     )
-    system = System(MODEL, model, task=task if heads else None)
+    system = System(MODEL, model, task=task if heads else None, base=own)
     if expert is None:
         return _run(trial, [system], how, MODEL).scores
-    if _classes(expert) != classes:
+    theirs = base_for(expert, base, root)
+    if _classes(expert, base=theirs) != classes:
         raise CheckpointError(
             "its classes are not those of the model", where=str(expert), mend="name the expert of this very task"
         )
-    return _run(trial, [System(EXPERT, expert), system], how, EXPERT).scores
+    return _run(trial, [System(EXPERT, expert, base=theirs), system], how, EXPERT).scores
 
 
 def asked(
@@ -194,11 +203,11 @@ def _predict_all(trial: Trial, systems: Sequence[System], digests: dict[str, str
     read_by: Callable[[System], str]
     if isinstance(trial.rows, ImageSet):
         # A merge without a processor file of its own is fed as the task's expert was.
-        own = [system.head or system.backbone for system in systems if system.name == EXPERT]
-        looks = {system.name: preprocessing(system.backbone, *own) for system in systems}
+        own = [path for system in systems if system.name == EXPERT for path in (system.backbone, system.side_files)]
+        looks = {system.name: preprocessing(system.side_files, *own) for system in systems}
         make, read_by = _image_predictor(trial.rows, looks), lambda system: looks[system.name].digest
     else:
-        make, read_by = _text_predictor(trial.rows), lambda system: tokenizer_digest(system.backbone)
+        make, read_by = _text_predictor(trial.rows), lambda system: tokenizer_digest(system.side_files)
     dataset = trial.rows.digest()
     predictions: dict[str, Predictions] = {}
     with _progress(trial.task, len(systems) * len(trial.rows)) as advance:
@@ -220,7 +229,7 @@ def _text_predictor(rows: EvaluationSet) -> Callable[[Trial, System, Callable[[i
     def make(trial: Trial, system: System, advance: Callable[[int], None]) -> Predictions:
         model = open_system(system)
         _check_classes(model, trial.space, system)
-        tokenizer, tokens = load_tokenizer(system.backbone), tokenizer_digest(system.backbone)
+        tokenizer, tokens = load_tokenizer(system.side_files), tokenizer_digest(system.side_files)
         # Systems that share a tokenizer share its work.
         if tokens not in encoded:
             encoded[tokens] = encode(tokenizer, rows.texts, trial.settings.max_length)
@@ -263,23 +272,24 @@ def _systems(task: str, expert: Path, root: Path) -> list[System]:
             raise ConfigError(
                 f"a baseline may not be named {path.name!r}", where="baselines", mend="give it another name"
             )
+    base = root / "models" / "base"
     return [
-        System("base", root / "models" / "base", head=expert),
-        System(EXPERT, expert),
-        *(System(path.name, path, task=task) for path in baselines),
-        System("merged", root / "merged", task=task),
+        System("base", base, head=expert, base=base),
+        System(EXPERT, expert, base=base),
+        *(System(path.name, path, task=task, base=base) for path in baselines),
+        System("merged", root / "merged", task=task, base=base),
     ]
 
 
-def _classes(folder: Path) -> LabelSpace:
-    file = folder / "config.json"
-    if not file.is_file():
+def _classes(model: Path, task: str | None = None, base: Path | None = None) -> LabelSpace:
+    document = config_of(model, task, base)
+    if not document:
         raise InputError(
             "no config.json, so nothing says which classes its head has",
-            where=str(folder),
+            where=str(model),
             mend="name a task that the model has a head for: the folders of heads/",
         )
-    return LabelSpace.from_config(read_json(file), str(file))
+    return LabelSpace.from_config(document, str(model))
 
 
 def _settings(max_length: int, how: Evaluate) -> Settings:

@@ -61,8 +61,7 @@ def factors_of(name: str, shape: Sequence[int], expert: Expert, read: Callable[[
         if name in expert.adapter.touched:
             return None
         return LowRank(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
-    delta = LowRank(read(pair.B) * pair.scaling, read(pair.A))
-    return delta.transposed if pair.table or pair.transposed else delta
+    return LowRank(*expert.adapter.factors(name, read))
 
 
 def merge_factors(
@@ -107,8 +106,6 @@ def kept_as_adapter(
     for expert in inputs.experts:
         if expert.adapter is None:
             raise _cannot_keep(f"{expert.label} is a whole model")
-        if expert.alignment.head:
-            raise _cannot_keep(f"{expert.label} brings a head")
     merged = [tensor for tensor in tensors if tensor.action == "merge"]
     for tensor in merged:
         if tensor.route != "factors":

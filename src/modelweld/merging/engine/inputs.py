@@ -15,7 +15,6 @@ from modelweld.checkpoints.alignment import Alignment, align, has_task_head, tie
 from modelweld.checkpoints.header import LENGTH_BYTES
 from modelweld.config import Recipe
 from modelweld.errors import CheckpointError, ConfigError
-from modelweld.merging.engine.roles import stored_transposed
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _adapter(path: str, base: Checkpoint | None, label: str) -> Adapter:
         raise ConfigError(
             f"{label} is an adapter, and there is no base to put it on", where="base", mend="name it: `base: …`"
         )
-    return Adapter.open(path, base, label, stored_transposed(base))
+    return Adapter.open(path, base, label)
 
 
 def task_of(expert: Expert) -> str:

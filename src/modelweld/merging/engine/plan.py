@@ -15,13 +15,14 @@ from blake3 import blake3
 from modelweld.checkpoints import TensorInfo, tensor_digest
 from modelweld.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from modelweld.checkpoints.checkpoint import read_json
+from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.checkpoints.shards import Layout, lay_out
 from modelweld.config import Recipe
 from modelweld.config.methods import MethodParameters, Ties
 from modelweld.errors import CheckpointError, ConfigError, MergeError
 from modelweld.merging.engine.adapters import Route, bytes_read, kept_as_adapter, route_of
 from modelweld.merging.engine.inputs import Expert, Inputs, identity, task_of
-from modelweld.merging.engine.roles import MERGEABLE, Packing, Role, packing_of, role_of, stored_transposed
+from modelweld.merging.engine.roles import MERGEABLE, Packing, Role, packing_of, role_of
 from modelweld.merging.engine.rules import decide
 from modelweld.merging.registry import TensorContext, method
 
