@@ -51,7 +51,8 @@ def write_adapter(base: Path, out: Path, seed: int, cls: Any = t.LlamaForCausalL
 
 def llama(root: Path, **config: Any) -> Path:
     torch.manual_seed(0)
-    t.LlamaForCausalLM(t.LlamaConfig(**(LLAMA | config))).save_pretrained(root / "base")
+    model = t.LlamaForCausalLM(t.LlamaConfig(**(LLAMA | config)))
+    model.to(getattr(torch, config.get("dtype", "float32"))).save_pretrained(root / "base")
     return root
 
 
