@@ -91,11 +91,17 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], set[int]]] = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GQA, {2, 4, 32, 48}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GQA | {"head_dim": 8}, {2, 4, 32, 48}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", GQA | {"head_dim": 8}, {2, 4, 32, 48}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        GQA | {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40},
+        {2, 4, 6, 32, 40},
+    ),
     "modernbert": (
         "ModernBertForSequenceClassification",
         "ModernBertConfig",
         TEXT | SPECIAL | {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 4},
-        {4, 32, 48},
+        {4, 8, 32, 48},
     ),
 }
 

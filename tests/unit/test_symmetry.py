@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 from modelweld.errors import MergeError
@@ -64,23 +63,71 @@ def test_keys_and_values_of_a_group_move_before_the_queries_in_it() -> None:
     assert query[2].group is None
 
 
-def test_routed_experts_stay_in_place_and_all_around_them_moves() -> None:
-    config = hf.MixtralConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        num_local_experts=4,
-        architectures=["MixtralForCausalLM"],
-    )
-    spec = derive_spec(config)
-    assert spec.axes["model.layers.0.mlp.gate.weight"][0][0].group is None
-    assert {32, 48, 2} <= {group.size for group in spec.groups.values()}
+def test_experts_move_with_their_router_and_each_has_an_inside_of_its_own() -> None:
+    model, config = build("mixtral")
+    spec, layer = derive_spec(config), "model.layers.0.mlp"
+    (router,), _ = spec.axes[f"{layer}.gate.weight"]
+    experts, packed, _ = spec.axes[f"{layer}.experts.gate_up_proj"]
+    assert experts == (router,) == spec.axes[f"{layer}.experts.down_proj"][0]
+    pieces, units = packed
+    assert (pieces.size, pieces.group) == (2, None)
+    assert spec.axes[f"{layer}.experts.down_proj"][2] == (units,)
+    assert spec.groups[str(units.group)].within == (router.group,)
+    moved, state = spec.random(0), model.state_dict()
+    down = spec.apply(state, {**spec.identity(), **{str(g.group): moved[str(g.group)] for g in (router, units)}})
+    order = moved[str(router.group)]
+    assert order.tolist() != list(range(6))
+    for place, expert in enumerate(order):
+        expected = state[f"{layer}.experts.down_proj"][expert][:, moved[str(units.group)][place]]
+        assert down[f"{layer}.experts.down_proj"][place].equal(expected)
+
+
+class Routed(nn.Module):
+    """Experts of which two are run for each row; `mixed` also runs the mean of all, whose units are all experts'."""
+
+    def __init__(self, mixed: bool, top: int = 2) -> None:
+        super().__init__()
+        self.mixed, self.top = mixed, top
+        self.stem, self.router, self.head = nn.Linear(5, 8), nn.Linear(8, 4, bias=False), nn.Linear(8, 3)
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 8)), nn.Parameter(torch.randn(4, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        weights, chosen = self.router(x).softmax(-1).topk(self.top, dim=-1)
+        up, down = self.up[chosen.reshape(-1)], self.down[chosen.reshape(-1)]
+        rows = x.repeat_interleave(self.top, dim=0)
+        hidden = torch.relu(torch.bmm(up, rows.unsqueeze(-1)))
+        if self.mixed:
+            hidden = hidden * (rows @ self.up.mean(0).T).unsqueeze(-1)
+        out = torch.bmm(down, hidden).squeeze(-1) * weights.reshape(-1, 1)
+        return self.head(out.view(len(x), self.top, 8).sum(1))
+
+
+@pytest.mark.parametrize(("mixed", "top", "nested"), [(False, 2, True), (True, 2, False), (False, 1, False)])
+def test_units_that_experts_share_are_not_taken_apart(mixed: bool, top: int, nested: bool) -> None:
     torch.manual_seed(0)
-    model = hf.MixtralForCausalLM(config).eval()
-    assert prove(model, spec, example_inputs(model)) < 1e-4
+    model, inputs = Routed(mixed, top).eval(), (torch.randn(7, 5),)
+    spec = derive_spec(model, inputs)
+    experts, units = spec.axes["up"][0][0], spec.axes["up"][1][0]
+    assert experts == spec.axes["router.weight"][0][0]
+    assert experts.group is not None
+    assert spec.groups[str(units.group)].within == ((experts.group,) if nested else ())
+    assert prove(model, spec, inputs) < 1e-4
+
+
+class Numbered(Routed):
+    """Experts whose numbers are also numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(torch.relu(self.stem(x))).topk(self.top, dim=-1)[1]
+        return super().forward(x) + chosen.float().mean(dim=1, keepdim=True)
+
+
+def test_positions_that_are_computed_with_pin_their_axis() -> None:
+    model, inputs = Numbered(False), (torch.randn(7, 5),)
+    why = derive_spec(model, inputs).axes["router.weight"][0][0].why
+    assert why is not None
+    assert "positions" in why
 
 
 def test_a_spec_survives_its_file() -> None:
@@ -124,9 +171,17 @@ def test_a_packed_projection_keeps_its_pieces_and_moves_its_heads() -> None:
     torch.manual_seed(0)
     model, inputs = Packed().eval(), (torch.randn(2, 5, 16),)
     spec = derive_spec(model, inputs)
-    pieces, heads, _ = spec.axes["qkv.weight"][0]
-    assert (pieces.size, pieces.group) == (3, None)
-    assert spec.groups[str(heads.group)].size == 4
+    (packed,) = spec.axes["qkv.weight"][0]
+    query, key, value = packed.parts
+    assert query == key
+    assert query[0] == value[0]
+    assert query[1] != value[1]
+    assert spec.axes["proj.weight"][1] == value
+    assert spec.groups[str(value[1].group)].within == (value[0].group,)
+    # The pieces keep their order.
+    query_order, value_order = (spec.index((packed,), spec.random(1))[a:b] for a, b in ((0, 16), (32, 48)))
+    assert sorted(query_order.tolist()) == list(range(16))
+    assert sorted(value_order.tolist()) == list(range(32, 48))
     assert prove(model, spec, inputs) < 1e-4
 
 

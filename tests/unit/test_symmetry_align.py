@@ -59,8 +59,9 @@ def test_a_permuted_resnet_merges_back(norm: Any, width: int) -> None:
         assert worst(origin, back) <= 1e-6
 
 
-def test_three_models_come_to_the_first_and_zipping_copies_gives_the_original() -> None:
-    model, config = build("bert")
+@pytest.mark.parametrize("name", ["bert", "modernbert", "mixtral"])
+def test_three_models_come_to_the_first_and_zipping_copies_gives_the_original(name: str) -> None:
+    model, config = build(name)
     spec, origin = derive_spec(config), model.state_dict()
     states = [origin, spec.apply(origin, spec.random(1)), spec.apply(origin, spec.random(2))]
     for state, moved in zip(states, align(states, spec).permutations, strict=True):

@@ -190,3 +190,30 @@ def test_folding_is_the_product_with_the_dense_maps() -> None:
         into = torch.randn(4, 5, generator=generator, dtype=torch.float64)
         torch.testing.assert_close(placed.tensor("out.weight", out, model), merge[model].T @ out)
         torch.testing.assert_close(placed.tensor("in.weight", into, model), into @ unmerge[model])
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("outer_first", [False, True])
+def test_an_inside_on_an_axis_of_its_own_is_placed_as_on_a_shared_one(reads: bool, outer_first: bool) -> None:
+    experts, units, free = Factor(3, "experts"), Factor(4, "units"), Factor(5, None, "x")
+    groups = {"experts": Group("experts", 3), "units": Group("units", 4, ("experts",))}
+    shapes = {"apart": ((experts,), (units,), (free,)), "shared": ((experts, units), (free,))}
+    if not outer_first:
+        shapes["apart"] = ((units,), (experts,), (free,))
+    marks = frozenset({("apart", 1 if outer_first else 0), ("shared", 0)}) if reads else frozenset()
+    spec, generator = Spec(groups, shapes, marks), torch.Generator().manual_seed(0)
+    shared = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    apart = shared.reshape(3, 4, 5) if outer_first else shared.reshape(3, 4, 5).transpose(0, 1)
+
+    def same(placed: Permuted | Folded, model: int) -> None:
+        found = placed.tensor("apart", apart, model)
+        found = found if outer_first else found.transpose(0, 1)
+        torch.testing.assert_close(found.reshape(12, 5), placed.tensor("shared", shared, model))
+
+    same(Permuted(spec, [spec.identity(), spec.random(1)]), 1)
+    clusters = [
+        {"experts": spec.random(model)["experts"], "units": torch.randint(0, 4, (3, 4), generator=generator)}
+        for model in range(2)
+    ]
+    for model in range(2):
+        same(Folded(spec, clusters, frozenset({"experts"}), smoothing=0.5), model)

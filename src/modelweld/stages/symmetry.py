@@ -14,10 +14,11 @@ from blake3 import blake3
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.errors import ConfigError, MergeError
 from modelweld.symmetry import Spec, derive_spec
+from modelweld.symmetry.spec import leaves
 
 CACHE = Path(".modelweld") / "cache" / "symmetry"
 # Raised when a rule changes what is derived: older files are then derived again.
-RULES_VERSION = 1
+RULES_VERSION = 2
 # What two models of one architecture may differ in.
 _NAMES_ONLY = frozenset(("_name_or_path", "transformers_version", "id2label", "label2id", "dtype", "torch_dtype"))
 
@@ -46,7 +47,7 @@ class Symmetry:
         found: dict[str, list[str]] = {name: [] for name in self.spec.groups}
         for tensor, axes in self.spec.axes.items():
             for dim, factors in enumerate(axes):
-                for name in dict.fromkeys(factor.group for factor in factors if factor.group):
+                for name in dict.fromkeys(factor.group for factor in leaves(factors) if factor.group):
                     found[name].append(f"{tensor}[{dim}]")
         return found
 
@@ -55,7 +56,7 @@ class Symmetry:
         found: dict[str, list[str]] = defaultdict(list)
         for tensor, axes in self.spec.axes.items():
             for dim, factors in enumerate(axes):
-                for factor in factors:
+                for factor in leaves(factors):
                     if factor.group is None and factor.size > 1:
                         found[str(factor.why)].append(f"{tensor}[{dim}]:{factor.size}")
         return dict(sorted(found.items()))
@@ -90,13 +91,14 @@ def derived(config: Any, root: Path) -> Spec:
         except (ValueError, KeyError, TypeError):
             # A file that was cut short is derived again, and written anew below.
             file.unlink()
-    spec = derive_spec(config)
+    text = derive_spec(config).to_json()
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(spec.to_json(), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(file)
-    return spec
+    # As the cache gives it: units are matched group by group, so another order of groups is another merge.
+    return Spec.from_json(text)
 
 
 def given(file: Path) -> Spec:

@@ -3,12 +3,16 @@
 An axis is an ordered list of atoms whose sizes multiply to its length: the columns of an output projection are
 `[heads, head_dim]`. Operations identify atoms (`unify`), factorise them (`view`) or pin them (`freeze`); what is left
 free at the end are the symmetries. Axes of length one carry no atom.
+
+An atom may be permuted apart at each place of another one: a packed projection's rows are (piece, unit), and the units
+of queries are not those of values; every expert of a layer has hidden units of its own. `at` gives the copy of an axis
+that is seen at one such place, and `settle` takes the difference back where it turns out that there is none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 
 class Misfit(Exception):
@@ -16,15 +20,20 @@ class Misfit(Exception):
 
 
 class Atom:
-    """One piece of an axis; after a union `leader` says which atom speaks for it, after a split `parts` do."""
+    """One piece of an axis; after a union `leader` says which atom speaks for it, after a split `parts` do.
 
-    __slots__ = ("frozen", "leader", "parts", "size")
+    Where it was looked at place by place of the atom `along`, `copies` holds the axis seen at each of these places.
+    """
+
+    __slots__ = ("along", "copies", "frozen", "leader", "parts", "size")
 
     def __init__(self, size: int, frozen: str | None = None) -> None:
         self.size = size
         self.frozen = frozen
         self.leader: Atom | None = None
         self.parts: tuple[Atom, Atom] | None = None
+        self.along: Atom | None = None
+        self.copies: dict[Hashable, Axis] = {}
 
     def __repr__(self) -> str:
         return f"Atom({self.size}{', frozen: ' + self.frozen if self.frozen else ''})"
@@ -59,9 +68,37 @@ def fresh(sizes: Sequence[int], frozen: str | None = None) -> Axes:
 
 
 def freeze(axis: Iterable[Atom], why: str) -> None:
-    """Pin every atom of the axis; the first reason is kept."""
+    """Pin every atom of the axis, and its copies; the first reason is kept."""
     for atom in expand(axis):
-        atom.frozen = atom.frozen or why
+        if not atom.frozen:
+            atom.frozen = why
+            for copy in atom.copies.values():
+                freeze(copy, why)
+
+
+def at(axis: Iterable[Atom], along: Atom, place: Hashable) -> Axis:
+    """The axis as it is at one place of the atom `along`; pinned atoms, and `along` itself, are the same everywhere."""
+    out: Axis = []
+    for atom in expand(axis):
+        if atom.frozen or atom is leader(along):
+            out.append(atom)
+            continue
+        if atom.along is None:
+            atom.along = along
+        elif not _same(atom.along, along):
+            # It cannot differ along two things.
+            settle(atom)
+            out += expand([atom])
+            continue
+        out += atom.copies.setdefault(place, [Atom(atom.size)])
+    return out
+
+
+def settle(atom: Atom) -> None:
+    """Take back that an atom differs along another: all its copies are itself."""
+    copies, atom.along, atom.copies = list(atom.copies.values()), None, {}
+    for copy in copies:
+        unify([atom], copy, "settle")
 
 
 def length(axis: Iterable[Atom]) -> int:
@@ -73,7 +110,16 @@ def split(atom: Atom, outer: int) -> tuple[Atom, Atom]:
     """Factorise one atom into an outer one of `outer` positions and what is inside it."""
     if atom.size % outer:
         raise Misfit(f"{atom.size} does not divide by {outer}")
-    atom.parts = (Atom(outer, atom.frozen), Atom(atom.size // outer, atom.frozen))
+    first, second = atom.parts = (Atom(outer, atom.frozen), Atom(atom.size // outer, atom.frozen))
+    if atom.along is not None:
+        first.along = second.along = atom.along
+        for place, copy in atom.copies.items():
+            try:
+                first.copies[place], second.copies[place] = view([copy], [outer, second.size])
+            except Misfit as misfit:
+                for each in (*atom.copies.values(), atom.parts):
+                    freeze(each, str(misfit))
+                raise
     return atom.parts
 
 
@@ -93,8 +139,34 @@ def unify(left: Iterable[Atom], right: Iterable[Atom], why: str) -> None:
             # An earlier pair split an atom that occurs twice.
             unify([first], [second], why)
             continue
-        second.leader = first
-        first.frozen = first.frozen or second.frozen
+        _join(first, second)
+
+
+def _join(first: Atom, second: Atom) -> None:
+    second.leader = first
+    why = first.frozen or second.frozen
+    copies = list(second.copies.items())
+    if first.along is None:
+        first.along, first.copies = second.along, dict(copies)
+    elif second.along is not None and not _same(first.along, second.along):
+        settle(first)
+        for _, copy in copies:
+            unify([first], copy, "settle")
+    else:
+        for place, copy in copies:
+            if place in first.copies:
+                unify(first.copies[place], copy, "settle")
+            else:
+                first.copies[place] = copy
+    if why:
+        head = leader(first)
+        head.frozen = None
+        freeze([head], why)
+
+
+def _same(one: Atom, other: Atom) -> bool:
+    ours, theirs = expand([one]), expand([other])
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 def _common(left: Iterable[Atom], right: Iterable[Atom]) -> list[tuple[Atom, Atom]]:

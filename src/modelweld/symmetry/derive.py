@@ -9,17 +9,17 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx import Node
 
 from modelweld.errors import MergeError
-from modelweld.symmetry.atoms import Atom, Axes, Misfit, expand, freeze, fresh
-from modelweld.symmetry.rules import RULES, UNIFORM, Call, Result, unknown
-from modelweld.symmetry.spec import Factor, Group, Spec
+from modelweld.symmetry.atoms import Atom, Axes, Axis, Misfit, expand, freeze, fresh, leader, settle
+from modelweld.symmetry.rules import CARRIES, CHOOSES, RULES, UNIFORM, Call, Choice, Result, name_of, unknown
+from modelweld.symmetry.spec import Factor, Group, Spec, join, pieces
 
 SILENT = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_size", "sym_constrain_range_for_size"}
 
@@ -50,12 +50,6 @@ def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None =
     return _Derivation(program, module).spec()
 
 
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
-    return name if name.startswith("_") else name.rstrip("_")
-
-
 class _Derivation:
     """One walk over one graph."""
 
@@ -74,6 +68,8 @@ class _Derivation:
         self.shared: dict[int, Axes] = {}
         self.env: dict[Node, Result] = {}
         self.reads: list[tuple[Node, int]] = []
+        self.choices: dict[tuple[Node, int], Choice] = {}
+        self.within: dict[int, Atom] = {}
         self.unknown: Counter[str] = Counter()
 
     def spec(self) -> Spec:
@@ -90,9 +86,12 @@ class _Derivation:
                 self._call(node)
             elif node.op == "output":
                 for source in node.all_input_nodes:
+                    self._named(source, "output")
                     for axes in self._tuple(self.env.get(source, [])):
                         for axis in axes:
                             freeze(axis, "output")
+        self._settle_pieces()
+        self._settle_choices()
         return self._collect()
 
     def _live(self) -> set[Node]:
@@ -103,7 +102,7 @@ class _Derivation:
             node = pending.pop()
             if node not in live:
                 live.add(node)
-                if node.op != "call_function" or _name(node) not in UNIFORM:
+                if node.op != "call_function" or name_of(node) not in UNIFORM:
                     pending += node.all_input_nodes
         return live
 
@@ -138,16 +137,23 @@ class _Derivation:
         if node.target is operator.getitem:
             source, position = node.args[0], node.args[1]
             found = self.env.get(source) if isinstance(source, Node) else None
-            if isinstance(found, tuple) and isinstance(position, int):
+            if isinstance(found, tuple) and isinstance(source, Node) and isinstance(position, int):
                 self.env[node] = found[position]
+                if (source, position) in self.choices:
+                    self.choices[node, 0] = self.choices[source, position]
             elif found is not None and not isinstance(found, tuple):
                 self.env[node] = found
             return
-        name = _name(node)
+        name = name_of(node)
         value = node.meta.get("val")
         if name in SILENT or not isinstance(value, (torch.Tensor, list, tuple)):
             return
-        call = Call(name, node, self.env, self.reads)
+        call = Call(name, node, self.env, self.reads, self.choices)
+        for source in call.tensors:
+            if name in CARRIES and (source, 0) in self.choices:
+                self.choices[node, 0] = self.choices[source, 0]
+            elif name not in CHOOSES or source is node.args[0]:
+                self._named(source, f"its positions are used by {name}")
         if not call.tensors:
             outputs = value if isinstance(value, (list, tuple)) else [value]
             why = None if name in UNIFORM else "constant"
@@ -164,6 +170,79 @@ class _Derivation:
             self.unknown[f"{name}: {error}" if rule else name] += 1
             self.env[node] = unknown(call)
 
+    def _named(self, node: Node, why: str) -> None:
+        # Numbers that name positions mean something else once the axis is in another order.
+        if (node, 0) in self.choices:
+            freeze(self.choices[node, 0].axis, why)
+
+    def _settle_pieces(self) -> None:
+        """Keep the insides of packed pieces apart only where the spec can say so, and where they are apart."""
+        while True:
+            held = self._held()
+            atoms = {id(atom): atom for atoms in held for atom in atoms.values() if _packed(atom)}
+            alike = [atom for atom in atoms.values() if not self._apart(atom, held)]
+            if not alike:
+                return
+            for atom in alike:
+                settle(atom)
+
+    def _apart(self, atom: Atom, held: Sequence[Mapping[int, Atom]]) -> bool:
+        along, ways = expand([cast(Atom, atom.along)]), [expand(copy) for copy in atom.copies.values()]
+        everywhere = len(along) == 1 and len(ways) == along[0].size
+        if len(along) != 1 or (everywhere and all(way == ways[0] for way in ways)):
+            return False
+        if everywhere and all(leaf.frozen for way in ways for leaf in way):
+            return False
+        if any(id(atom) in atoms and id(along[0]) not in atoms for atoms in held):
+            return False
+        # A packed axis is written piece by piece: what differs has to come after the pieces.
+        axes = [expand(axis) for shaped in self.shared.values() for axis in shaped]
+        return all(along[0] in axis[: axis.index(atom)] for axis in axes if atom in axis)
+
+    def _settle_choices(self) -> None:
+        """Nest what is inside chosen places (the units of each expert) in them where no tensor mixes the places."""
+        held = self._held()
+        differing = {id(atom): atom for atoms in held for atom in atoms.values() if atom.along and not _packed(atom)}
+        nested: list[tuple[Atom, Axis]] = []
+        mixed: set[int] = set()
+        for atom in differing.values():
+            inside = [leaf for copy in atom.copies.values() for leaf in expand(copy) if not leaf.frozen]
+            if self._nests(atom, held):
+                nested.append((cast(Atom, atom.along), inside))
+            else:
+                mixed |= {id(leaf) for leaf in inside}
+        for atom in differing.values():
+            settle(atom)
+        for along, inside in nested:
+            if not mixed & {id(leaf) for leaf in inside}:
+                self.within |= {id(leader(leaf)): leader(along) for leaf in inside}
+
+    def _nests(self, atom: Atom, held: Sequence[Mapping[int, Atom]]) -> bool:
+        along = expand([cast(Atom, atom.along)])
+        if len(along) != 1 or along[0].frozen or any(id(atom) in atoms and id(along[0]) not in atoms for atoms in held):
+            return False
+        for choice, copy in atom.copies.items():
+            holders = {id(holder) for holder in expand(cast(Choice, choice).holders)}
+            for leaf in expand(copy):
+                if leaf is atom or leaf.along is not None:
+                    return False
+                if not leaf.frozen and any(id(leaf) in atoms and not holders <= atoms.keys() for atoms in held):
+                    return False
+        return self._stands_alone(along[0], atom)
+
+    def _stands_alone(self, along: Atom, atom: Atom) -> bool:
+        # Which element an inside belongs to has to be a whole other axis of the tensor.
+        for shaped in self.shared.values():
+            axes = [expand(axis) for axis in shaped]
+            if any(atom in axis for axis in axes) and [along] not in axes:
+                return False
+        return True
+
+    def _held(self) -> list[dict[int, Atom]]:
+        """By tensor, of the model or on the way, the atoms of all its axes."""
+        every = [*self.shared.values(), *(axes for result in self.env.values() for axes in self._tuple(result))]
+        return [{id(atom): atom for axis in axes for atom in expand(axis)} for axes in every]
+
     @staticmethod
     def _tuple(result: Result) -> tuple[Axes, ...]:
         return result if isinstance(result, tuple) else (result,)
@@ -171,24 +250,28 @@ class _Derivation:
     def _collect(self) -> Spec:
         names: dict[int, str] = {}
         members: dict[str, Atom] = {}
+
+        def factors(atoms: Axis, tensor: str, *path: int) -> tuple[Factor, ...]:
+            found: list[Factor] = []
+            for depth, atom in enumerate(atoms):
+                here = (*path, depth) if len(atoms) > 1 else path
+                after = atoms[depth + 1 :]
+                if any(_packed(inner) and leader(cast(Atom, inner.along)) is atom for inner in after):
+                    ways = [_seen(after, atom, place) for place in range(atom.size)]
+                    return (*found, join(factors(way, tensor, *here, place) for place, way in enumerate(ways)))
+                if atom.frozen:
+                    found.append(Factor(atom.size, None, atom.frozen))
+                    continue
+                group = names.setdefault(id(atom), f"{tensor}[{'.'.join(map(str, here))}]")
+                members[group] = atom
+                found.append(Factor(atom.size, group))
+            # An axis of length one keeps its length as a frozen factor.
+            return tuple(found) or (Factor(1, None, "length one"),)
+
         axes: dict[str, tuple[tuple[Factor, ...], ...]] = {}
         for name, tensor in self.state.items():
             shaped = self.shared.get(id(tensor)) or fresh(list(tensor.shape), "not used by the model's forward")
-            dims = []
-            for dim, axis in enumerate(shaped):
-                factors = []
-                atoms = expand(axis)
-                for depth, atom in enumerate(atoms):
-                    if atom.frozen:
-                        factors.append(Factor(atom.size, None, atom.frozen))
-                        continue
-                    label = f"{name}[{dim}]" if len(atoms) == 1 else f"{name}[{dim}.{depth}]"
-                    group = names.setdefault(id(atom), label)
-                    members[group] = atom
-                    factors.append(Factor(atom.size, group))
-                # An axis of length one keeps its length as a frozen factor.
-                dims.append(tuple(factors) or (Factor(1, None, "length one"),))
-            axes[name] = tuple(dims)
+            axes[name] = tuple(factors(expand(axis), name, dim) for dim, axis in enumerate(shaped))
         within = self._nesting(names, axes)
         groups = {name: Group(name, atom.size, within[name]) for name, atom in members.items()}
         read = {
@@ -204,19 +287,39 @@ class _Derivation:
     ) -> dict[str, tuple[str, ...]]:
         """For each group the groups it lies inside of: before it on every axis, beside it in every tensor."""
         before: dict[str, list[str]] = {}
-        for tensor_axes in axes.values():
-            for factors in tensor_axes:
-                for depth, factor in enumerate(factors):
-                    if factor.group is None:
-                        continue
-                    outer = [item.group for item in factors[:depth] if item.group and item.group != factor.group]
-                    seen = before.get(factor.group)
-                    before[factor.group] = outer if seen is None else [name for name in seen if name in outer]
-        for result in self.env.values():
-            for tensor in self._tuple(result):
-                present = [names.get(id(atom)) for axis in tensor for atom in expand(axis)]
-                for group in {name for name in present if name is not None}:
-                    before[group] = [name for name in before.get(group, []) if name in present]
+        for piece in (piece for shape in axes.values() for factors in shape for piece in pieces(factors)):
+            groups = [factor.group for factor in piece.factors if factor.group]
+            for depth, group in enumerate(groups):
+                outer = [name for name in groups[:depth] if name != group]
+                seen = before.get(group)
+                before[group] = outer if seen is None else [name for name in seen if name in outer]
+        for held in self._held():
+            shown = [*held.values(), *(leaf for atom in held.values() for leaf in _copies(atom))]
+            present = {names[id(atom)] for atom in shown if id(atom) in names}
+            for group in present:
+                before[group] = [name for name in before[group] if name in present]
+        chosen = {names[inner]: names[id(outer)] for inner, outer in self.within.items() if inner in names}
         # A group may only lie in groups that lie in none: two levels are all that attention needs.
-        tops = {name for name, outer in before.items() if not outer}
-        return {name: tuple([item for item in outer if item in tops][-1:]) for name, outer in before.items()}
+        tops = {name for name, outer in before.items() if not outer and name not in chosen}
+        nested = {name: tuple([item for item in outer if item in tops][-1:]) for name, outer in before.items()}
+        return nested | {name: (outer,) for name, outer in chosen.items() if outer in tops}
+
+
+def _packed(atom: Atom) -> bool:
+    """Whether it differs along the pieces of a packed axis, not along what was chosen."""
+    return atom.along is not None and not any(isinstance(place, Choice) for place in atom.copies)
+
+
+def _copies(atom: Atom) -> Axis:
+    return [leaf for copy in atom.copies.values() for leaf in expand(copy)]
+
+
+def _seen(axis: Axis, along: Atom, place: int) -> Axis:
+    """The axis at one place of a packed axis."""
+    out: Axis = []
+    for atom in axis:
+        differs = atom.along is not None and leader(atom.along) is along
+        # Nothing reads a piece that was never taken out.
+        unread = [Atom(atom.size, "not used by the model's forward")]
+        out += expand(atom.copies.get(place, unread)) if differs else [atom]
+    return out

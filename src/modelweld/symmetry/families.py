@@ -7,14 +7,14 @@ units in front and everything else as features. Groups of other families are bro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modelweld.symmetry.spec import Factor, Spec
+from modelweld.symmetry.spec import Piece, Spec, leaves, length, pieces
 
 # Running statistics follow their channels but say nothing that the activations do not.
 STATISTICS = ("running_mean", "running_var")
@@ -30,16 +30,18 @@ class Placement(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """One axis of one tensor on which a group lies.
+    """One axis of one tensor, or a piece of it, on which a group lies.
 
     Each unit has `features` numbers there; `beside` are the other families whose order has to be known to compare them.
+    `outer` is the axis of the elements that the units lie inside of, where that is another one.
     """
 
     tensor: str
     dim: int
-    factors: tuple[Factor, ...]
+    piece: Piece
     features: int
     beside: frozenset[str]
+    outer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,28 @@ def families(spec: Spec) -> dict[str, Family]:
     sites: dict[str, dict[str, list[Site]]] = {outer: {} for outer in inner}
     beside: dict[str, set[str]] = {outer: set() for outer in inner}
     for name, axes in spec.axes.items():
-        here = {home[factor.group] for axis in axes for factor in axis if factor.group}
-        elements = math.prod(factor.size for axis in axes for factor in axis)
+        here = {home[factor.group] for axis in axes for factor in leaves(axis) if factor.group}
+        elements = math.prod(length(axis) for axis in axes)
         for outer in here:
             beside[outer] |= here - {outer}
         if name.endswith(STATISTICS):
             continue
+        outside = [spec.outside(name, dim) for dim in range(len(axes))]
+        split = {found.group for found in outside if found is not None}
         for dim, factors in enumerate(axes):
-            groups = [factor.group for factor in factors if factor.group]
-            for outer in dict.fromkeys(home[group] for group in groups):
-                inside = [group for group in groups if group != outer and home[group] == outer]
-                # Where two inner groups share an axis neither can be read without knowing the other.
-                if len(inside) <= 1:
+            for piece in pieces(factors):
+                groups = [factor.group for factor in piece.factors if factor.group]
+                for outer in dict.fromkeys(home[group] for group in groups):
+                    inside = [group for group in groups if group != outer and home[group] == outer]
+                    # Where two inner groups share an axis neither can be read without knowing the other; nor can
+                    # elements by themselves where their insides lie on another axis.
+                    if len(inside) > 1 or (not inside and outer in split):
+                        continue
                     units = math.prod(spec.groups[group].size for group in (outer, *inside))
-                    site = Site(name, dim, factors, elements // units, frozenset(here - {outer}))
+                    own = elements // length(factors) * length(piece.factors)
+                    found = outside[dim]
+                    apart = found.dim if found is not None and inside and found.group == outer else None
+                    site = Site(name, dim, piece, own // units, frozenset(here - {outer}), apart)
                     sites[outer].setdefault(inside[0] if inside else "", []).append(site)
     return {
         outer: Family(outer, tuple(members), {k: tuple(v) for k, v in sites[outer].items()}, frozenset(beside[outer]))
@@ -104,11 +114,20 @@ def view(family: Family, member: str, site: Site, states: Sequence[Mapping[str, 
             for model, state in enumerate(states)
         ]
     )
-    sizes = [factor.size for factor in site.factors]
-    shape = stacked.shape
-    split = stacked.reshape(*shape[: site.dim + 1], *sizes, *shape[site.dim + 2 :])
     wanted = {family.outer, member}
-    front = [site.dim + 1 + depth for depth, factor in enumerate(site.factors) if factor.group in wanted]
-    rest = [dim for dim in range(1, split.ndim) if dim not in front]
-    ordered = split.permute(0, *front, *rest)
-    return ordered.reshape(len(states), math.prod(split.shape[dim] for dim in front), -1)
+    found, front = split(stacked, site.dim + 1, site.piece, wanted)
+    if site.outer is not None:
+        shift = len(site.piece.factors) - 1 if site.outer > site.dim else 0
+        front = [site.outer + 1 + shift, *front]
+    rest = [dim for dim in range(1, found.ndim) if dim not in front]
+    ordered = found.permute(0, *front, *rest)
+    return ordered.reshape(len(states), math.prod(found.shape[dim] for dim in front), -1)
+
+
+def split(tensor: Tensor, dim: int, piece: Piece, wanted: Collection[str]) -> tuple[Tensor, list[int]]:
+    """A tensor's axis as a piece's factors, one axis each, and which of these are the wanted groups'."""
+    if piece.places is not None:
+        tensor = tensor.index_select(dim, torch.tensor(piece.places, device=tensor.device))
+    sizes = [factor.size for factor in piece.factors]
+    found = tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+    return found, [dim + depth for depth, factor in enumerate(piece.factors) if factor.group in wanted]

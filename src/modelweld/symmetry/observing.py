@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from modelweld.errors import MergeError
+from modelweld.symmetry.families import split
 from modelweld.symmetry.similarity import Activations
-from modelweld.symmetry.spec import Factor, Spec
+from modelweld.symmetry.spec import Piece, Spec, length, pieces
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a group is seen: a module's input or output, and the factors of that axis of units."""
+    """Where a group is seen: a module's input or output, the piece of its units' axis, and how long that is."""
 
     group: str
     module: str
     reads: bool
-    factors: tuple[Factor, ...]
+    piece: Piece
+    length: int
     wanted: frozenset[str]
 
 
@@ -41,11 +43,13 @@ def places(model: nn.Module, spec: Spec) -> list[Place]:
         if leaf != "weight" or len(axes) < 2 or not _takes_units_in(model.get_submodule(module)):
             continue
         for dim, factors in enumerate(axes):
-            here = {factor.group for factor in factors if factor.group}
-            for name in here:
-                wanted = {name, *spec.groups[name].within}
-                if here == wanted:
-                    found[name].append(Place(name, module, (tensor, dim) in spec.reads, factors, frozenset(wanted)))
+            for piece in pieces(factors):
+                here = {factor.group for factor in piece.factors if factor.group}
+                for name in here:
+                    wanted = frozenset((name, *spec.groups[name].within))
+                    if here == wanted:
+                        reads = (tensor, dim) in spec.reads
+                        found[name].append(Place(name, module, reads, piece, length(factors), wanted))
     chosen = []
     for seen in found.values():
         inputs = [place for place in seen if place.reads]
@@ -123,15 +127,13 @@ def _watch(model: nn.Module, chosen: Sequence[Place], batch: Batch) -> dict[tupl
 def _units(value: Tensor, axis: int, place: Place, mask: Tensor | None) -> Tensor:
     if mask is not None and axis == 2 and value.shape[:2] == mask.shape:
         value, axis = value[mask.bool()], 1
-    sizes = [factor.size for factor in place.factors]
-    if value.shape[axis] != math.prod(sizes):
+    if value.shape[axis] != place.length:
         raise MergeError(
-            f"{value.shape[axis]} units are seen, the symmetry spec says {math.prod(sizes)}",
+            f"{value.shape[axis]} units are seen, the symmetry spec says {place.length}",
             where=place.module,
             mend="derive the spec from this model's own config",
         )
-    split = value.reshape(*value.shape[:axis], *sizes, *value.shape[axis + 1 :])
-    front = [axis + depth for depth, factor in enumerate(place.factors) if factor.group in place.wanted]
-    rest = [dim for dim in range(split.ndim) if dim not in front]
-    units = math.prod(split.shape[dim] for dim in front)
-    return split.permute(*front, *rest).reshape(units, -1)
+    apart, front = split(value, axis, place.piece, place.wanted)
+    rest = [dim for dim in range(apart.ndim) if dim not in front]
+    units = math.prod(apart.shape[dim] for dim in front)
+    return apart.permute(*front, *rest).reshape(units, -1)

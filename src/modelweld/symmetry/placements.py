@@ -5,12 +5,13 @@ Both give each tensor in the common order and are what a matched set of models i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from modelweld.symmetry.spec import Factor, Permutations, Spec
+from modelweld.symmetry.spec import Factor, Outside, Permutations, Spec, leaves, length, walk
 
 
 @dataclass
@@ -51,51 +52,85 @@ class Folded:
         While a family is being matched (`but` names it), its neighbours are averaged where they take units in instead:
         so the paper's code compares units, and its matchings are only found this way.
         """
-        if name not in self.spec.axes:
-            return tensor
-        for dim, factors in enumerate(self.spec.axes[name]):
-            if not any(factor.group and factor.group not in but for factor in factors):
+        axes = self.spec.axes.get(name, ())
+        outside = [self.spec.outside(name, dim) for dim in range(len(axes))]
+        # What is inside elements of another axis goes first: these are then still at their old places.
+        for dim in sorted(range(len(axes)), key=lambda dim: outside[dim] is None):
+            factors, outer = axes[dim], outside[dim]
+            if not any(factor.group and factor.group not in but for factor in leaves(factors)):
                 continue
-            goes = self.destination(factors, model, but)
-            folded = torch.zeros_like(tensor).index_add_(dim, goes.to(tensor.device), tensor)
+            tensor = self._fold(tensor, dim, factors, model, but, outer)
             if ((name, dim) in self.spec.reads) == bool(but):
-                share = len(self.places) / self._count(factors, but).to(tensor)
+                share = len(self.places) / self._count(factors, but, outer).to(tensor)
                 shape = [1] * tensor.ndim
                 shape[dim] = -1
-                folded *= share.reshape(shape)
-            tensor = folded
+                if outer is not None:
+                    # One row of counts an element.
+                    shape[outer.dim] = len(share)
+                    share = share[self._goes(outer.group, model, but)]
+                    share = share if outer.dim < dim else share.T
+                tensor *= share.reshape(shape)
         return tensor
 
     def copy(self) -> Folded:
         return Folded(self.spec, [dict(found) for found in self.places], self.nested, self.smoothing)
 
-    def _count(self, factors: tuple[Factor, ...], but: tuple[str, ...]) -> Tensor:
-        length = len(self.destination(factors, 0, but))
-        count = torch.zeros(length)
-        for model in range(len(self.places)):
-            goes = self.destination(factors, model, but)
-            count.index_add_(0, goes, torch.ones(length))
-        # No cluster is empty, but the paper's code guards against it, and its matchings feel that.
-        return count + self.smoothing
+    def destination(
+        self, factors: tuple[Factor, ...], model: int, but: tuple[str, ...] = (), outer: str | None = None
+    ) -> Tensor:
+        """For each old position of an axis, the new one: shape (length,).
 
-    def destination(self, factors: tuple[Factor, ...], model: int, but: tuple[str, ...] = ()) -> Tensor:
-        """For each old position of an axis, the new one: shape (length,)."""
-        sizes = [factor.size for factor in factors]
-        places = {factor.group: depth for depth, factor in enumerate(factors) if factor.group}
-        grid = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
-        new = torch.zeros(sizes, dtype=torch.long)
-        outers: dict[str, Tensor] = {}
-        for depth, factor in enumerate(factors):
-            place = grid[depth]
-            if factor.group and factor.group not in but:
-                group, found = self.spec.groups[factor.group], self.places[model][factor.group]
-                if group.within:
-                    outer = group.within[0]
-                    at = outers.get(outer, grid[places[outer]])
-                    place = found[at, grid[depth]]
-                else:
-                    goes = found.argsort() if group.name in self.nested else found
-                    place = goes[grid[depth]]
-                    outers[group.name] = place
-            new = new * factor.size + place
-        return new.flatten()
+        With `outer`, a group on another axis that this one lies inside of: (elements of outer in old order, length).
+        """
+
+        def step(factor: Factor, positions: Tensor, seats: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            if factor.group is None or factor.group in but:
+                return positions, positions
+            group = self.spec.groups[factor.group]
+            if group.within:
+                place = self.places[model][group.name][seats[group.within[0]], positions]
+            else:
+                place = self._goes(group.name, model, but)[positions]
+            return place, place
+
+        if outer is None:
+            return walk(factors, step, {})[0]
+        goes = self._goes(outer, model, but)
+        return walk(factors, step, {outer: goes}, len(goes))
+
+    def _goes(self, outer: str, model: int, but: tuple[str, ...]) -> Tensor:
+        found = self.places[model][outer]
+        if outer in but:
+            return torch.arange(len(found))
+        return found.argsort() if outer in self.nested else found
+
+    def _fold(
+        self,
+        tensor: Tensor,
+        dim: int,
+        factors: tuple[Factor, ...],
+        model: int,
+        but: tuple[str, ...],
+        outer: Outside | None,
+    ) -> Tensor:
+        folded = torch.zeros_like(tensor)
+        if outer is None:
+            return folded.index_add_(dim, self.destination(factors, model, but).to(tensor.device), tensor)
+        goes = self.destination(factors, model, but, outer.group).to(tensor.device)
+        along = dim - (outer.dim < dim)
+        for element, row in enumerate(goes):
+            folded.select(outer.dim, element).index_add_(along, row, tensor.select(outer.dim, element))
+        return folded
+
+    def _count(self, factors: tuple[Factor, ...], but: tuple[str, ...], outer: Outside | None) -> Tensor:
+        """How many units of all models came to each place: (length,), or (elements in new order, length)."""
+        name = None if outer is None else outer.group
+        size = length(factors)
+        count = torch.zeros(1 if name is None else self.spec.groups[name].size, size)
+        for model in range(len(self.places)):
+            goes = self.destination(factors, model, but, name).reshape(-1, size)
+            at = torch.zeros(1, dtype=torch.long) if name is None else self._goes(name, model, but)
+            count.index_put_((at[:, None].expand_as(goes), goes), torch.ones(()), accumulate=True)
+        # No cluster is empty, but the paper's code guards against it, and its matchings feel that.
+        count += self.smoothing
+        return count[0] if name is None else count

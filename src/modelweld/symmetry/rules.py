@@ -3,6 +3,10 @@
 A rule gets a `Call` and returns the axes of the result (a tuple of them for operations with several results). It says
 which axes the operation makes one (`unify`), which it keeps, and which it pins (`freeze`). An operation that is not in
 the table pins everything it touches: less alignment, never a wrong one.
+
+Numbers that name positions (the experts that a router chose) are no ordinary numbers: they follow the axis that they
+name. `top` makes them, the operations of CARRIES hand them on, those of CHOOSES pick by them, and any other pins the
+axis.
 """
 
 from __future__ import annotations
@@ -14,20 +18,35 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from modelweld.symmetry.atoms import Axes, Axis, Misfit, expand, freeze, fresh, length, unify, view
+from modelweld.symmetry.atoms import Axes, Axis, Misfit, at, expand, freeze, fresh, length, unify, view
 
 Result = Axes | tuple[Axes, ...]
 Rule = Callable[["Call"], Result]
 
 
+PACKED, RANK = "packed projection", "rank"
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Positions on an axis, chosen from its values: wherever all atoms of `holders` are, one of them was picked."""
+
+    axis: Axis
+    holders: Axis
+
+
 @dataclass(frozen=True)
 class Call:
-    """One operation of the graph: its name, its arguments, and the axes of the tensors among them."""
+    """One operation of the graph: its name, its arguments, and the axes of the tensors among them.
+
+    `choices` holds, by node and number of its result, what the numbers in a tensor name.
+    """
 
     name: str
     node: Node
     env: dict[Node, Result]
     reads: list[tuple[Node, int]]
+    choices: dict[tuple[Node, int], Choice]
 
     @property
     def tensors(self) -> list[Node]:
@@ -45,9 +64,16 @@ class Call:
         return found
 
     def contracts(self, weight: Any, dim: int) -> None:
-        """Note that this axis of an operand takes units in."""
+        """Note that this axis of an operand takes units in, also where the operand was picked from a stack."""
+        while isinstance(weight, Node) and weight.op == "call_function" and name_of(weight) == "index":
+            weight, picks = weight.args[0], weight.args[1]
+            dim -= sum(len(self.sizes(index)) - 1 for index in picks if isinstance(index, Node))
         if isinstance(weight, Node):
             self.reads.append((weight, dim))
+
+    def choice(self, node: Any) -> Choice | None:
+        """What the numbers of a tensor name, if they name anything."""
+        return self.choices.get((node, 0)) if isinstance(node, Node) else None
 
     def first(self) -> Axes:
         return self.axes(self.node.args[0])
@@ -61,6 +87,13 @@ class Call:
     def outputs(self) -> list[list[int]]:
         value = self.node.meta["val"]
         return [[int(size) for size in item.shape] for item in value]
+
+
+def name_of(node: Node) -> str:
+    """The operation's name without its namespace and without the mark of what works in place."""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+    return name if name.startswith("_") else name.rstrip("_")
 
 
 def unknown(call: Call) -> Result:
@@ -116,7 +149,7 @@ def reduction(call: Call) -> Result:
         return elementwise(call)
     chosen = range(len(axes)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {dim % len(axes) for dim in chosen} if axes else set()
-    if call.name in {"argmax", "argmin", "topk", "sort", "max", "min"} and reduced:
+    if call.name in {"argmax", "argmin", "max", "min"} and reduced:
         for dim in reduced:
             freeze(axes[dim], f"{call.name} names a position")
     kept = len(call.out_sizes()) == len(axes) if not isinstance(call.node.meta["val"], (tuple, list)) else False
@@ -128,6 +161,15 @@ def ordered(call: Call) -> Result:
     axes = call.first()
     freeze(axes[call.arg(1, "dim")], f"{call.name} depends on the order")
     return axes
+
+
+def top(call: Call) -> Result:
+    """The greatest entries of an axis are the same in any order of it; only their positions follow it."""
+    axes = list(call.first())
+    dim = call.arg(2, "dim", -1) % len(axes)
+    named, axes[dim] = axes[dim], fresh([call.outputs()[0][dim]], RANK)[0]
+    call.choices[call.node, 1] = Choice(named, [atom for axis in axes for atom in axis])
+    return axes, axes
 
 
 def layer_norm(call: Call) -> Result:
@@ -180,6 +222,7 @@ def matmul(call: Call) -> Result:
         unify(left[-1], right[-2] if len(right) > 1 else right[0], call.name)
         return left[:-1] if len(right) == 1 else right[:-2] + right[-1:]
     unify(left[-1], right[-2], call.name)
+    call.contracts(call.node.args[shift], len(left) - 1)
     call.contracts(call.node.args[shift + 1], len(right) - 2)
     batch: Axes = []
     for back in range(len(call.out_sizes()) - 2, 0, -1):
@@ -295,21 +338,20 @@ def slicing(call: Call) -> Result:
 
 
 def select(call: Call) -> Result:
-    axes = call.first()
+    axes, sizes = call.first(), call.sizes(call.node.args[0])
     dim = call.arg(1, "dim") % len(axes)
-    freeze(axes[dim], "select")
-    return [*axes[:dim], *axes[dim + 1 :]]
+    return _piece(axes, dim, call.arg(2, "index") % sizes[dim])
 
 
 def splitting(call: Call) -> Result:
-    """Equal pieces of a packed axis are (piece, within): the pieces keep their order, what is inside moves together."""
+    """Equal pieces of a packed axis are (piece, within): pieces keep their order, each has an inside of its own."""
     axes, sizes, outputs = call.first(), call.sizes(call.node.args[0]), call.outputs()
     dim = call.arg(2, "dim", 0) % len(axes)
     pieces = {output[dim] for output in outputs}
     if len(pieces) == 1 and len(outputs) * outputs[0][dim] == sizes[dim]:
         outer, inner = view([axes[dim]], [len(outputs), outputs[0][dim]])
-        freeze(outer, "packed projection")
-        return tuple([*axes[:dim], inner, *axes[dim + 1 :]] for _ in outputs)
+        apart = [*axes[:dim], outer, inner, *axes[dim + 1 :]]
+        return tuple(_piece(apart, dim, place) for place in range(len(outputs)))
     freeze(axes[dim], "unequal split")
     return tuple([*axes[:dim], *fresh([o[dim]], "unequal split"), *axes[dim + 1 :]] for o in outputs)
 
@@ -317,8 +359,18 @@ def splitting(call: Call) -> Result:
 def unbind(call: Call) -> Result:
     axes = call.first()
     dim = call.arg(1, "dim", 0) % len(axes)
-    freeze(axes[dim], "unbind")
-    return tuple([*axes[:dim], *axes[dim + 1 :]] for _ in call.outputs())
+    return tuple(_piece(axes, dim, place) for place in range(len(call.outputs())))
+
+
+def _piece(axes: Axes, dim: int, place: int) -> Axes:
+    """What stands at one place of an axis, which is pinned; where it packs units, those of each place are apart."""
+    packs = expand(axes[dim])
+    freeze(packs, PACKED)
+    rest = [*axes[:dim], *axes[dim + 1 :]]
+    # Inputs have positions too, and nothing is packed along them.
+    if len(packs) != 1 or packs[0].frozen != PACKED:
+        return rest
+    return [at(axis, packs[0], place) for axis in rest]
 
 
 def concatenate(call: Call) -> Result:
@@ -350,7 +402,11 @@ def _join(call: Call, dim: int, parts: Sequence[Axes], why: str) -> Axes:
 def gather(call: Call) -> Result:
     axes, index = call.first(), call.axes(call.arg(2, "index"))
     dim = call.arg(1, "dim") % len(axes)
-    freeze(axes[dim], "gather")
+    choice = call.choice(call.arg(2, "index"))
+    if choice is None:
+        freeze(axes[dim], "gather")
+    else:
+        unify(axes[dim], choice.axis, "gather")
     own, chosen = call.sizes(call.node.args[0]), call.sizes(call.arg(2, "index"))
     out: Axes = []
     for position, axis in enumerate(axes):
@@ -367,15 +423,31 @@ def gather(call: Call) -> Result:
 
 def indexing(call: Call) -> Result:
     axes, indices = call.first(), call.arg(1, "indices")
-    at = [position for position, index in enumerate(indices) if index is not None]
-    for position in at:
+    used = [position for position, index in enumerate(indices) if index is not None]
+    choice = call.choice(indices[used[0]])
+    if choice is not None and used == [0]:
+        return _chosen(call, axes, indices[0], choice)
+    for position in used:
         freeze(axes[position], "index")
-    contiguous = at == list(range(at[0], at[-1] + 1))
-    lead = axes[: at[0]] if contiguous else []
-    rest = [axis for position, axis in enumerate(axes) if position not in at and position >= len(lead)]
+        other = call.choice(indices[position])
+        if other is not None:
+            freeze(other.axis, "index")
+    contiguous = used == list(range(used[0], used[-1] + 1))
+    lead = axes[: used[0]] if contiguous else []
+    rest = [axis for position, axis in enumerate(axes) if position not in used and position >= len(lead)]
     sizes = call.out_sizes()
     middle = fresh(sizes[len(lead) : len(sizes) - len(rest)], "index")
     return [*lead, *middle, *rest]
+
+
+def _chosen(call: Call, axes: Axes, index: Node, choice: Choice) -> Axes:
+    """What stands at the chosen places of the first axis: each has an inside of its own."""
+    unify(axes[0], choice.axis, "index")
+    picked = expand(axes[0])
+    # A choice of one leaves no axis behind by which it could be known again.
+    known = len(picked) == 1 and any(atom.frozen == RANK for atom in expand(choice.holders))
+    inside = [at(axis, picked[0], choice) if known else axis for axis in axes[1:]]
+    return [*call.axes(index), *inside]
 
 
 def pooling(call: Call) -> Result:
@@ -400,6 +472,16 @@ def _resized(call: Call, why: str) -> Axes:
     return out
 
 
+# Operations that only move numbers about: positions stay what they are.
+CARRIES = frozenset(
+    {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t"}
+) | frozenset(
+    {"unsqueeze", "squeeze", "clone", "_to_copy", "alias", "detach", "to", "contiguous", "expand", "lift_fresh_copy"}
+)
+# Operations whose rules look up what an index names.
+CHOOSES = frozenset({"index", "gather"})
+
+
 def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
     return {name: rule for rule, names in entries for name in names.split()}
 
@@ -420,6 +502,7 @@ RULES: dict[str, Rule] = _table(
     (elementwise, "bitwise_or masked_fill rsub remainder floor_divide copy __and__ __or__ bitwise_xor"),
     (reduction, "mean sum amax amin var std any all argmax argmin max min norm linalg_vector_norm"),
     (ordered, "cumsum cumprod flip roll"),
+    (top, "topk"),
     (layer_norm, "layer_norm rms_norm"),
     (group_norm, "group_norm"),
     (batch_norm, "batch_norm"),

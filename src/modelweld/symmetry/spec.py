@@ -1,17 +1,19 @@
 """The permutation symmetries of a model: which tensor axes move together, and what may move inside what.
 
-An axis of a tensor is an ordered product of factors, each a group or frozen. A group `within` others has a permutation
-of its own for each of their elements (the dimensions of one attention head move apart from those of another), so a
-set of permutations is an element of a wreath product.
+An axis of a tensor is an ordered product of factors, each a group or frozen; a packed axis (queries, keys and values in
+one projection) ends in a factor of parts, which lie one after the other. A group `within` others has a permutation of
+its own for each of their elements (the dimensions of one attention head move apart from those of another), so a set of
+permutations is an element of a wreath product. Its outer group is before it on the same axis, or is another axis of the
+tensor (the experts of a routed layer).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -32,11 +34,91 @@ class Group:
 
 @dataclass(frozen=True)
 class Factor:
-    """A piece of an axis: a group's name, or none and why it is frozen."""
+    """A piece of an axis: a group's name, or none and why it is frozen; or `parts`, each a product of factors."""
 
     size: int
     group: str | None = None
     why: str | None = None
+    parts: tuple[tuple[Factor, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A plain product of factors, and the positions of the axis that it takes up (None: all of them)."""
+
+    factors: tuple[Factor, ...]
+    places: tuple[int, ...] | None = None
+
+
+def join(parts: Iterable[tuple[Factor, ...]]) -> Factor:
+    """One factor of parts that lie one after the other."""
+    found = tuple(parts)
+    return Factor(sum(length(part) for part in found), parts=found)
+
+
+def length(factors: Iterable[Factor]) -> int:
+    """How many positions they span."""
+    return math.prod(factor.size for factor in factors)
+
+
+def leaves(factors: Iterable[Factor]) -> Iterator[Factor]:
+    """The factors that have no parts, in order."""
+    for factor in factors:
+        if factor.parts:
+            for part in factor.parts:
+                yield from leaves(part)
+        else:
+            yield factor
+
+
+def moves(axes: Iterable[Iterable[Factor]]) -> bool:
+    """Whether any group lies on these axes."""
+    return any(factor.group for axis in axes for factor in leaves(axis))
+
+
+def pieces(factors: tuple[Factor, ...]) -> list[Piece]:
+    """The axis as plain products: itself, or one a part."""
+    if not factors or not factors[-1].parts:
+        return [Piece(factors)]
+    front, last = factors[:-1], factors[-1]
+    found, start = [], 0
+    for part in last.parts:
+        for piece in pieces(part):
+            inside = torch.arange(length(part)) if piece.places is None else torch.tensor(piece.places)
+            every = torch.arange(length(front))[:, None] * last.size + start + inside
+            found.append(Piece((*front, *piece.factors), tuple(every.flatten().tolist())))
+        start += length(part)
+    return found
+
+
+# What a factor does to a position: (factor, positions, places of the outer elements) -> (moved position, its place).
+Step = Callable[[Factor, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+def walk(factors: tuple[Factor, ...], step: Step, seats: Mapping[str, Tensor], contexts: int = 1) -> Tensor:
+    """Every position of an axis moved by `step`: shape (contexts, length), with the seats of each context."""
+    if not factors:
+        return torch.zeros(contexts, 1, dtype=torch.long)
+    factor, rest = factors[0], factors[1:]
+    if factor.parts:
+        moved, start = [], 0
+        for part in factor.parts:
+            moved.append(walk(part, step, seats, contexts) + start)
+            start += length(part)
+        return torch.cat(moved, dim=1)
+    positions = torch.arange(factor.size).repeat(contexts)
+    around = {name: seat.repeat_interleave(factor.size) for name, seat in seats.items()}
+    taken, seat = step(factor, positions, around)
+    inside = walk(rest, step, around | ({factor.group: seat} if factor.group else {}), len(positions))
+    return (taken[:, None] * inside.shape[1] + inside).reshape(contexts, -1)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An outer group that has an axis of its own in a tensor."""
+
+    group: str
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -99,31 +181,67 @@ class Spec:
         """One tensor, permuted along each of its axes; raises MergeError when its shape is not the spec's."""
         if name not in self.axes:
             return tensor
+        later = []
         for dim, factors in enumerate(self.axes[name]):
-            if tensor.shape[dim] != math.prod(factor.size for factor in factors):
+            if tensor.ndim != len(self.axes[name]) or tensor.shape[dim] != length(factors):
                 raise MergeError(
                     f"axis {dim} has {tensor.shape[dim]} positions, the symmetry spec says otherwise",
                     where=name,
                     mend="derive the spec from this model's own config",
                 )
-            if any(factor.group for factor in factors):
-                tensor = tensor.index_select(dim, self.index(factors, permutations).to(tensor.device))
+            if not moves([factors]):
+                continue
+            if self.outside(name, dim) is not None:
+                later.append((dim, factors))
+                continue
+            tensor = tensor.index_select(dim, self.index(factors, permutations).to(tensor.device))
+        # What is inside an element belongs to it at its new place.
+        for dim, factors in later:
+            outer = cast(Outside, self.outside(name, dim))
+            index = self.index(factors, permutations, outer.group).to(tensor.device)
+            along = dim - (outer.dim < dim)
+            tensor = torch.stack(
+                [part.index_select(along, row) for part, row in zip(tensor.unbind(outer.dim), index, strict=True)],
+                dim=outer.dim,
+            )
         return tensor
 
-    def index(self, factors: tuple[Factor, ...], permutations: Permutations) -> Tensor:
-        """For each new position of an axis, the old one it takes: shape (length,)."""
-        sizes = [factor.size for factor in factors]
-        places = {factor.group: depth for depth, factor in enumerate(factors) if factor.group}
-        grid = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
-        old = torch.zeros(sizes, dtype=torch.long)
-        for depth, factor in enumerate(factors):
+    def outside(self, name: str, dim: int) -> Outside | None:
+        """The other axis on which the elements lie that this axis is inside of, if it is inside of any there."""
+        for piece in pieces(self.axes[name][dim]):
+            here = {factor.group for factor in piece.factors}
+            for group in (factor.group for factor in piece.factors if factor.group):
+                for outer in self.groups[group].within:
+                    if outer not in here:
+                        return Outside(outer, self._axis_of(name, outer))
+        return None
+
+    def index(self, factors: tuple[Factor, ...], permutations: Permutations, outer: str | None = None) -> Tensor:
+        """For each new position of an axis, the old one it takes: shape (length,).
+
+        With `outer`, a group on another axis that this one lies inside of: (elements of outer, length).
+        """
+
+        def step(factor: Factor, positions: Tensor, seats: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             if factor.group is None:
-                taken = grid[depth]
-            else:
-                outer = tuple(grid[places[name]] for name in self.groups[factor.group].within)
-                taken = permutations[factor.group][(*outer, grid[depth])]
-            old = old * factor.size + taken
-        return old.flatten()
+                return positions, positions
+            around = tuple(seats[name] for name in self.groups[factor.group].within)
+            return permutations[factor.group][(*around, positions)], positions
+
+        if outer is None:
+            return walk(factors, step, {})[0]
+        elements = self.groups[outer].size
+        return walk(factors, step, {outer: torch.arange(elements)}, elements)
+
+    def _axis_of(self, name: str, group: str) -> int:
+        for dim, factors in enumerate(self.axes[name]):
+            if [factor.group for factor in factors] == [group]:
+                return dim
+        raise MergeError(
+            f"a group inside of {group} lies on it, which has no axis of its own there",
+            where=name,
+            mend="put the outer group before the inner one on the axis, or give it a whole axis",
+        )
 
     def to_json(self) -> str:
         """The spec as text, for caches and for spec files given by hand."""
@@ -144,7 +262,7 @@ class Spec:
             for name, entry in document["groups"].items()
         }
         axes = {
-            name: tuple(tuple(Factor(**factor) for factor in axis) for axis in entry)
+            name: tuple(tuple(_factor(factor) for factor in axis) for axis in entry)
             for name, entry in document["axes"].items()
         }
         reads = frozenset((name, dim) for name, dim in document["reads"])
@@ -160,3 +278,8 @@ class Spec:
         shape = [1] * dims
         shape[depth] = -1
         return permutation.reshape(shape)
+
+
+def _factor(entry: Mapping[str, Any]) -> Factor:
+    parts = tuple(tuple(_factor(factor) for factor in part) for part in entry.get("parts", ()))
+    return Factor(entry["size"], entry["group"], entry["why"], parts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +33,21 @@ class AlignedCheckpoint(Checkpoint):
                 info = tensors[name]
                 tensors[name] = replace(info, dtype=dtype, nbytes=info.elements * dtype.itemsize)
         super().__init__(source.path, tensors, {})
-        self._source, self._move, self._moved = source, move, frozenset(moved)
+        self._source, self._move, self._moved, self._dtype = source, move, frozenset(moved), dtype
         self._current = threading.local()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For another process: the source's files are opened there, and moved by the same places."""
+        return type(self), (self._source, self._move, sorted(self._moved), self._dtype)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The source's config."""
+        return self._source.config
 
     @property
     def files(self) -> list[Path]:

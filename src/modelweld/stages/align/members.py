@@ -12,6 +12,7 @@ from torch import nn
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.alignment import is_buffer
+from modelweld.checkpoints.folding import Folded
 from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
 from modelweld.merging.engine import Inputs
@@ -20,6 +21,8 @@ from modelweld.stages.symmetry import derived, given
 from modelweld.symmetry import Factor, Spec, prove
 from modelweld.symmetry.families import STATISTICS
 from modelweld.symmetry.instances import example_inputs, instantiate
+from modelweld.symmetry.spec import join, leaves
+from modelweld.symmetry.spec import moves as moves
 
 BASE = "base"
 
@@ -42,7 +45,7 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
     shared = [name for name in names[0] if name not in tied and all(name in other for other in names[1:])]
     shared = [name for name in shared if _movable(first, names[0][name], specs[0])]
     axes = {name: specs[0].axes[names[0][name]] for name in shared}
-    used = {factor.group for own in axes.values() for axis in own for factor in axis if factor.group}
+    used = {factor.group for own in axes.values() for axis in own for factor in leaves(axis) if factor.group}
     groups = {name: group for name, group in specs[0].groups.items() if name in used}
     reads = frozenset(
         (name, dim) for name in shared for dim in range(len(axes[name])) if (names[0][name], dim) in specs[0].reads
@@ -65,18 +68,29 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
     return common, members
 
 
-def base_member(inputs: Inputs, common: Spec) -> Member:
+def base_member(inputs: Inputs, common: Spec, first: Member) -> Member:
+    """The base as the model whose order is the common one; ConfigError without one."""
     if inputs.base is None:
         raise ConfigError("the recipe names no base", where="base", mend="name it")
-    return Member(BASE, inputs.base, {name: name for name in common.axes}, common)
+    # It is run as the first expert's class, under that one's names.
+    return Member(BASE, inputs.base, {name: name for name in common.axes}, first.spec)
 
 
 def load(member: Member, inputs: Inputs) -> nn.Module:
     """The transformers model of a member in float32, of the class that its spec was derived from."""
-    lender = inputs.experts[0].checkpoint if member.label == BASE else member.checkpoint
-    config = _config(lender)
+    lender = inputs.experts[0]
+    config = _config(lender.checkpoint if member.label == BASE else member.checkpoint)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": member.checkpoint.path}
+    if member.label == BASE:
+        names, read = lender.alignment.names, member.checkpoint.read
+        state = {own: read(name) for name, own in names.items()}
+        state |= {name: lender.checkpoint.read(name) for name in lender.alignment.head}
+        source = {"pretrained_model_name_or_path": None, "state_dict": state}
+    elif isinstance(member.checkpoint, Folded):
+        state = {name: member.checkpoint.read(name) for name in member.checkpoint.tensors}
+        source = {"pretrained_model_name_or_path": None, "state_dict": state}
     model: nn.Module = type(instantiate(config)).from_pretrained(  # type: ignore[attr-defined]
-        member.checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
+        **source, config=config, dtype=torch.float32, local_files_only=True
     )
     return model.eval()
 
@@ -86,10 +100,6 @@ def proved(model: nn.Module, member: Member) -> float:
         return prove(model, member.spec, example_inputs(model))
     except MergeError as error:
         raise MergeError(error.what, where=f"{member.label}, {error.where}", mend=error.mend) from error
-
-
-def moves(axes: Sequence[Sequence[Factor]]) -> bool:
-    return any(factor.group for axis in axes for factor in axis)
 
 
 def _derived(expert: Expert, root: Path) -> Spec:
@@ -104,6 +114,8 @@ def _config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     try:
+        if isinstance(checkpoint, Folded):
+            return AutoConfig.for_model(**checkpoint.config)
         return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         message = str(error).strip().splitlines()[0]
@@ -133,8 +145,8 @@ def _renaming(
     known: dict[str, str] = {}
     for name, ours in axes.items():
         theirs = spec.axes.get(names[name], ())
-        factors = list(zip([f for a in ours for f in a], [f for a in theirs for f in a], strict=False))
-        same = [len(axis) for axis in ours] == [len(axis) for axis in theirs]
+        factors = list(zip([f for a in ours for f in leaves(a)], [f for a in theirs for f in leaves(a)], strict=False))
+        same = [_layout(axis) for axis in ours] == [_layout(axis) for axis in theirs]
         for one, other in factors:
             same &= one.size == other.size and (one.group is None) == (other.group is None)
             if other.group is not None and one.group is not None:
@@ -146,17 +158,23 @@ def _renaming(
     return known
 
 
+def _layout(axis: Sequence[Factor]) -> list[Any]:
+    return [[_layout(part) for part in factor.parts] for factor in axis]
+
+
 def _renamed(spec: Spec, known: Mapping[str, str], common: Spec, checkpoint: Checkpoint) -> Spec:
     """An expert's spec with the common groups; what only its head has stays as it is."""
 
     def factor(own: Factor) -> Factor:
+        if own.parts:
+            return join(tuple(factor(inner) for inner in part) for part in own.parts)
         group = known.get(own.group) if own.group else None
         return Factor(own.size, group, own.why if group or not own.group else "the head's own")
 
     def axis(tensor: str, dim: int, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
         found = tuple(factor(own) for own in factors)
         info = checkpoint.tensors.get(tensor)
-        if len(found) == 1 and found[0].group is None and info is not None and dim < len(info.shape):
+        if len(found) == 1 and not moves([found]) and info is not None and dim < len(info.shape):
             # Heads have as many labels as their task, whatever the spec was written for.
             return (replace(found[0], size=info.shape[dim]),)
         return found
