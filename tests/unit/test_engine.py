@@ -276,7 +276,7 @@ def test_two_processes_do_not_do_one_merge(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_keeps_the_journal_and_leaves_no_output(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_staging_and_leaves_no_output(tmp_path: Path) -> None:
     root, small = write_family(tmp_path, {"model.layers.0.mlp.down_proj.weight": (1000, 1000)}), tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=False)
@@ -287,7 +287,7 @@ def test_a_full_disk_keeps_the_journal_and_leaves_no_output(tmp_path: Path) -> N
             merge(recipe(root, "average"), small / "out")
         assert caught.value.exit_code == 3
         assert not (small / "out").exists()
-        assert list(small.glob(".modelweld-staging/*/journal"))
+        assert list(small.glob(".modelweld-staging/*/tree"))
         subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
         merge(recipe(root, "average"), small / "out")
         assert manifest.verify(small / "out") == []

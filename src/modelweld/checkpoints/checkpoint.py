@@ -137,6 +137,27 @@ class Checkpoint:
                 os.close(self._descriptors.popitem()[1])
             self._pickled = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to open the same files: it may work in another directory, or on another host."""
+        files = {file: (file.absolute(), _stamp(descriptor)) for file, descriptor in self._descriptors.items()}
+        return {"path": self.path, "tensors": self.tensors, "files": files, "pickled": self._pickled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the files again; CheckpointError for one that is not there, or not as it was."""
+        descriptors: dict[Path, int] = {}
+        self.__init__(state["path"], state["tensors"], descriptors)  # type: ignore[misc]
+        self._pickled = state["pickled"]
+        try:
+            for file, (absolute, stamp) in state["files"].items():
+                descriptors[file] = _opened(absolute)
+                if _stamp(descriptors[file]) != stamp:
+                    raise CheckpointError(
+                        "has changed since the merge began", where=str(absolute), mend="run the same command again"
+                    )
+        except BaseException:
+            self.close()
+            raise
+
     def __enter__(self) -> Self:
         return self
 
@@ -163,14 +184,23 @@ def read_json(file: Path) -> dict[str, Any]:
     return document
 
 
+def _opened(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened: {error.strerror}", where=str(file)) from error
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    state = os.fstat(descriptor)
+    return state.st_size, state.st_mtime_ns
+
+
 def _read_headers(path: Path, files: list[Path], descriptors: dict[Path, int]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         _inside(file, path if path.is_dir() else path.parent)
-        try:
-            descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot be opened: {error.strerror}", where=str(file)) from error
+        descriptors[file] = _opened(file)
         for name, info in read_header(descriptors[file], file).items():
             if name in tensors:
                 raise CheckpointError(

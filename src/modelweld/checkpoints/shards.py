@@ -119,13 +119,19 @@ def _nbytes(tensor: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
 
 
 class ShardFile:
-    """One output shard, preallocated with its header in place; writing is positional and thread-safe."""
+    """One output shard, preallocated with its header in place; writing is positional and thread-safe.
 
-    def __init__(self, shard: Shard, directory: Path) -> None:
+    Of several processes that fill a shard, one reserves it first. The others (`reserve=False`) open what is there:
+    where a file system cannot preallocate, the C library does so by writing zeros, which would meet their data.
+    """
+
+    def __init__(self, shard: Shard, directory: Path, *, reserve: bool = True) -> None:
         self.shard = shard
         self.path = directory / shard.file
         with disk_errors(self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if reserve else 0), 0o666)
+            if not reserve:
+                return
             try:
                 _reserve(self._descriptor, shard.size)
                 write_at(self._descriptor, memoryview(shard.header), 0)

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from modelweld.stages.merge import MergeReport
     from modelweld.stages.plan import Foresight
 
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:i] or mps.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:i] or mps; cuda:0,cuda:1: a process each.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores this process may use.")]
 MemoryLimit = Annotated[
     float | None, typer.Option("--memory-limit", min=0.01, help="GB that tensors in work may take.")
 ]
+
+
+Executor = Annotated[str, typer.Option("--executor", help="local, or ray[:ADDRESS]: each output shard a Ray task.")]
 
 
 @app.command()
@@ -31,6 +34,7 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     out: Annotated[Path, typer.Argument(help="The directory that appears when all is done.")],
     device: Device = "auto",
+    executor: Executor = "local",
     threads: Threads = None,
     memory_limit: MemoryLimit = None,
     grid: Annotated[
@@ -42,19 +46,18 @@ def merge(
     from modelweld.stages.merge import merge as weld
 
     limit = int(memory_limit * 1e9) if memory_limit else None
+    how: dict[str, Any] = {"executor": executor, "threads": threads, "memory_limit": limit}
     if grid:
         from modelweld.stages.grid import merge_grid
 
         axes = dict(_axis(axis) for axis in grid)
         with _watched() as watcher:
-            reports = merge_grid(
-                load_recipe(recipe), axes, out, device, threads=threads, memory_limit=limit, watcher=watcher
-            )
+            reports = merge_grid(load_recipe(recipe), axes, out, device, watcher=watcher, **how)
         documents = {key: report.document() for key, report in reports.items()}
         emit(documents, "\n".join(_summary(report) for report in reports.values()))
         return
     with _watched() as watcher:
-        report = weld(load_recipe(recipe), out, device, threads=threads, memory_limit=limit, watcher=watcher)
+        report = weld(load_recipe(recipe), out, device, watcher=watcher, **how)
     emit(report.document(), _summary(report))
 
 

@@ -25,9 +25,9 @@ from modelweld.merging.engine import (
     build,
     execute_together,
     open_inputs,
+    place,
     publish,
     refuse_foreign,
-    resolve_device,
     staged,
 )
 from modelweld.stages.merge import MergeReport, report_of
@@ -41,6 +41,7 @@ def merge_grid(
     out: str | Path,
     device: str = "auto",
     *,
+    executor: str = "local",
     threads: int | None = None,
     memory_limit: int | None = None,
     watcher: Watcher | None = None,
@@ -59,7 +60,7 @@ def merge_grid(
     root = Path(out)
     for key in recipes:
         refuse_foreign(root / key)
-    chosen, started = resolve_device(device), time.perf_counter()
+    placement, started = place(device, executor), time.perf_counter()
     reports: dict[str, MergeReport] = {}
     with open_inputs(recipe) as inputs, contextlib.ExitStack() as stack:
         plans = {key: build(candidate, inputs) for key, candidate in recipes.items()}
@@ -69,14 +70,14 @@ def merge_grid(
         executions = execute_together(
             [(plans[key], places[key]) for key in recipes],
             inputs,
-            device=chosen,
+            placement=placement,
             threads=threads,
             memory_limit=memory_limit,
             watcher=watcher,
         )
         for (key, candidate), execution in zip(recipes.items(), executions, strict=True):
             executed, tree = time.perf_counter(), places[key] / "tree"
-            document = manifest.build(candidate, plans[key], inputs, execution, tree, device=chosen.type)
+            document = manifest.build(candidate, plans[key], inputs, execution, tree, device=placement.kind)
             manifest.write(document, tree)
             (tree / "README.md").write_text(model_card.render(document), encoding="utf-8")
             publish(places[key], root / key)

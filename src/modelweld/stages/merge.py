@@ -24,13 +24,13 @@ from modelweld.merging.engine import (
     build,
     execute,
     open_inputs,
+    place,
     publish,
     refuse_foreign,
-    resolve_device,
     staged,
 )
 from modelweld.merging.engine.memory import peak_resident
-from modelweld.stages.align import Aligned, aligned
+from modelweld.stages.align import aligned, repaired
 
 LOCK = "sources.lock.json"
 STAGING = Path(".modelweld") / "staging"
@@ -66,6 +66,7 @@ def merge(
     out: str | Path,
     device: str = "auto",
     *,
+    executor: str = "local",
     threads: int | None = None,
     memory_limit: int | None = None,
     watcher: Watcher | None = None,
@@ -78,8 +79,11 @@ def merge(
     """Weld a recipe's experts into the directory `out`, which appears at once and complete.
 
     Interrupted, the same call goes on where it was. An `out` that an earlier merge wrote is replaced; one with anything
-    else in it is refused. `sources` are pinned entries of sources.lock.json by model, for the manifest. A recipe with
-    `align:` has its experts brought to one order first; symmetries are cached below `root`, by default this folder.
+    else in it is refused. Several devices (`cuda:0,cuda:1`) have a process each, a Ray cluster (`executor="ray:…"`) a
+    task a shard; `threads` and `memory_limit` are for all processes of this machine together, or for each task.
+
+    `sources` are pinned entries of sources.lock.json by model, for the manifest. A recipe with `align:` has its experts
+    brought to one order first; symmetries are cached below `root`, by default this folder.
 
         report = merge("recipe.yaml", "merged")
     """
@@ -87,7 +91,7 @@ def merge(
         recipe = load_recipe(Path(recipe))
     out = Path(out)
     refuse_foreign(out)
-    chosen = resolve_device(device)
+    placement = place(device, executor)
     started = time.perf_counter()
     with open_inputs(recipe) as inputs:
         plan = build(recipe, inputs)
@@ -100,17 +104,25 @@ def merge(
         key = plan.key if alignment is None else blake3((plan.key + alignment.digest()).encode()).hexdigest()
         with staged(out, key, staging) as directory:
             execution = execute(
-                plan, inputs, directory, device=chosen, threads=threads, memory_limit=memory_limit, watcher=watcher
+                plan,
+                inputs,
+                directory,
+                placement=placement,
+                threads=threads,
+                memory_limit=memory_limit,
+                watcher=watcher,
             )
             executed = time.perf_counter()
             tree = directory / "tree"
+            repair = None
             if alignment is not None:
                 alignment.write(tree)
+                execution, repair = repaired(recipe, plan, inputs, tree, execution)
             document = manifest.build(
-                recipe, plan, inputs, execution, tree, device=chosen.type, sources=sources, sha256=sha256
+                recipe, plan, inputs, execution, tree, device=placement.kind, sources=sources, sha256=sha256
             )
             if alignment is not None:
-                document = _with_alignment(document, alignment)
+                document = alignment.in_manifest(document, repair)
             manifest.write(document, tree)
             if card:
                 (tree / "README.md").write_text(model_card.render(document), encoding="utf-8")
@@ -123,7 +135,15 @@ def merge(
 def merge_pipeline(params_file: Path, root: Path) -> dict[str, Any]:
     """`merge:` of params.yaml over models/, into merged/; the report."""
     recipe = _rooted(load_params(root / params_file).recipe(), root)
-    report = merge(recipe, root / "merged", _device(), sources=_pinned(root), staging=_staging(root), sha256=True)
+    report = merge(
+        recipe,
+        root / "merged",
+        _device(),
+        executor=_executor(),
+        sources=_pinned(root),
+        staging=_staging(root),
+        sha256=True,
+    )
     return report.document()
 
 
@@ -139,7 +159,9 @@ def merge_baselines(params_file: Path, root: Path) -> dict[str, Any]:
     for name in params.baselines:
         recipe = _rooted(params.recipe(name), root)
         out = directory / name
-        reports[name] = merge(recipe, out, _device(), staging=_staging(root), card=False).document()
+        reports[name] = merge(
+            recipe, out, _device(), executor=_executor(), staging=_staging(root), card=False
+        ).document()
     return reports
 
 
@@ -149,26 +171,6 @@ def _rooted(recipe: Recipe, root: Path) -> Recipe:
     return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models, "align": align})
 
 
-def _with_alignment(document: Mapping[str, Any], alignment: Aligned) -> dict[str, Any]:
-    """The manifest with what was aligned: the digest of the matching stands for the rows and paths it came from."""
-    settings = _settings(document["recipe"]["align"])
-    told = ("mode", "alpha", "alpha_curve", "objective", "identity_share", "aligned_already", "order_of", "calibration")
-    entry = {key: alignment.document[key] for key in (*told, "proof_error", "preservation_error")}
-    return {
-        **document,
-        "recipe": {**document["recipe"], "align": settings},
-        "alignment": {**entry, "digest": alignment.digest()},
-    }
-
-
-def _settings(align: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The `align:` section without the places of its files, which differ from machine to machine."""
-    if align is None:
-        return None
-    named = {key: sorted(align[key]) if align[key] else None for key in ("calibration", "validation")}
-    return {**align, **named, "spec": align["spec"] is not None}
-
-
 def _staging(root: Path) -> Path:
     # A run works in a checkout of its own that the next run does not see: what it had merged is found in the project.
     return Path(os.environ.get("MODELWELD_PROJECT_ROOT") or root) / STAGING
@@ -176,7 +178,11 @@ def _staging(root: Path) -> Path:
 
 def _device() -> str:
     # Where a merge runs is the machine's matter: in params.yaml it would make dvc.lock depend on it.
-    return os.environ.get("MODELWELD_DEVICE", "auto")
+    return os.environ.get("MODELWELD_DEVICE") or "auto"
+
+
+def _executor() -> str:
+    return os.environ.get("MODELWELD_EXECUTOR") or "local"
 
 
 def _pinned(root: Path) -> dict[str, Mapping[str, Any]]:
@@ -216,5 +222,5 @@ def report_of(
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         seconds=seconds,
-        peak_memory_bytes=peak_resident(),
+        peak_memory_bytes=peak_resident() + execution.helpers_peak_bytes,
     )

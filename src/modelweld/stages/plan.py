@@ -14,7 +14,7 @@ import yaml
 
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.errors import ConfigError, DiskFull, MergeError
-from modelweld.merging.engine import Plan, build, open_inputs, refuse_foreign, resolve_device
+from modelweld.merging.engine import Placement, Plan, build, open_inputs, place, refuse_foreign
 from modelweld.merging.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.merging.engine.memory import peak_resident, working_bytes
 from modelweld.merging.engine.plan import dtype_name
@@ -162,8 +162,8 @@ def plan(
     if not isinstance(recipe, Recipe):
         recipe = recipe_in(recipe)
     refuse_foreign(out)
-    chosen = resolve_device(device)
-    count = threads or len(os.sched_getaffinity(0))
+    placement = place(device)
+    processes, each = len(placement.devices), placement.threads_each(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -174,18 +174,19 @@ def plan(
     finally:
         torch.set_num_threads(before)
     working = max((working_bytes(tensor, experts) for tensor in built.tensors), default=0)
+    limit = placement.limit_each(memory_limit)
     return Foresight(
         plan=built,
         experts=experts,
-        device=str(chosen),
-        threads=count,
-        memory_bytes=peak_memory(built, experts, count, peak_resident(), memory_limit),
+        device=device if processes > 1 else str(placement.devices[0]),
+        threads=each * processes,
+        memory_bytes=processes * peak_memory(built, experts, each, peak_resident(), limit),
         memory_available=_available() + peak_resident(),
-        device_memory_bytes=working if chosen.type == "cuda" else 0,
-        device_memory_available=torch.cuda.mem_get_info(chosen)[0] if chosen.type == "cuda" else None,
+        device_memory_bytes=working if placement.kind == "cuda" else 0,
+        device_memory_available=_device_memory(placement) if placement.kind == "cuda" else None,
         disk_bytes=built.write_bytes,
         disk_free=shutil.disk_usage(existing_parent(out)).free,
-        seconds=seconds(built, experts, rates, count),
+        seconds=seconds(built, experts, rates, each * processes),
     )
 
 
@@ -211,6 +212,10 @@ def recipe_in(file: Path) -> Recipe:
 
 def _models(recipe: Recipe) -> list[tuple[str, Any]]:
     return list((recipe.models or {}).items())
+
+
+def _device_memory(placement: Placement) -> int:
+    return min(torch.cuda.mem_get_info(device)[0] for device in placement.devices)
 
 
 def _size(size_bytes: float) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 from modelweld.checkpoints.shards import disk_errors
+
+JOURNAL = "journal"
+_PARTIAL = "journal.new"
 
 
 @dataclass(frozen=True)
@@ -28,35 +31,47 @@ class Finished:
     survival: float | None = None
 
 
-class Journal:
-    """An append-only file of Finished lines; a torn last line, as a kill leaves it, does not count."""
+def recorded(directory: Path) -> dict[str, Finished]:
+    """Every whole line of every journal in a staging directory, by tensor; torn lines, as a kill leaves them, are not.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        with disk_errors(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-
-    def entries(self) -> dict[str, Finished]:
-        """Every whole line, by tensor."""
-        found: dict[str, Finished] = {}
-        raw = self._path.read_bytes()
-        whole, _, torn = raw.rpartition(b"\n")
-        for line in whole.splitlines():
+    Each process of a merge keeps a journal of its own, `journal` or `journal.<its name>`.
+    """
+    found: dict[str, Finished] = {}
+    for path in _journals(directory):
+        for line in path.read_bytes().splitlines():
             try:
                 entry = Finished(**json.loads(line))
             except (ValueError, TypeError):
                 continue
             found[entry.tensor] = entry
-        if torn:
-            os.ftruncate(self._descriptor, len(raw) - len(torn))
-        return found
+    return found
+
+
+def begun(directory: Path, entries: Iterable[Finished]) -> Journal:
+    """A journal that holds these entries, in the place of all that are there."""
+    stale = _journals(directory)
+    with disk_errors(directory / JOURNAL):
+        (directory / _PARTIAL).write_bytes(b"".join(map(_line, entries)))
+        (directory / _PARTIAL).replace(directory / JOURNAL)
+        for path in stale:
+            if path.name != JOURNAL:
+                path.unlink(missing_ok=True)
+    return Journal(directory / JOURNAL)
+
+
+class Journal:
+    """An append-only file of Finished lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        with disk_errors(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def add(self, entry: Finished) -> None:
         """Append one line, whole, from any thread."""
-        line = (json.dumps(asdict(entry), sort_keys=True) + "\n").encode()
         with self._lock, disk_errors(self._path):
-            os.write(self._descriptor, line)
+            os.write(self._descriptor, _line(entry))
 
     def close(self) -> None:
         """Close the file."""
@@ -67,3 +82,11 @@ class Journal:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
+
+
+def _line(entry: Finished) -> bytes:
+    return (json.dumps(asdict(entry), sort_keys=True) + "\n").encode()
+
+
+def _journals(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob(f"{JOURNAL}*") if path.name != _PARTIAL)

@@ -1,0 +1,145 @@
+"""A merge on a Ray cluster: the output shard is the unit, each one task, on a file system that all hosts share.
+
+modelweld merge recipe.yaml /shared/merged --executor ray:10.0.0.1:6379
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from modelweld.errors import ConfigError, ExternalError
+from modelweld.merging.engine.inputs import Inputs
+from modelweld.merging.engine.memory import peak_resident
+from modelweld.merging.engine.outputs import Output
+from modelweld.merging.engine.placement import Placement, resolve_device
+from modelweld.merging.engine.plan import TensorPlan
+from modelweld.merging.engine.sharing import Made, Share, Task, make_share
+from modelweld.merging.engine.watching import Watcher
+
+_HOSTS_LOST = 2  # how often a shard is begun again because its host went away
+
+
+def make_on_cluster(
+    outputs: Sequence[Output],
+    inputs: Inputs,
+    pending: Sequence[TensorPlan],
+    placement: Placement,
+    threads: int | None,
+    memory_limit: int | None,
+    watcher: Watcher,
+) -> int:
+    """Make the pending tensors, one task a shard; the tasks' peaks of memory, in bytes.
+
+    Each task has `threads` (by default its part of the cluster's cores) and may take `memory_limit`. The first error of
+    any cancels the others and is raised here; ExternalError for a cluster that does not answer or gives a task up, and
+    where what a task wrote has not arrived on this host.
+    """
+    shards: dict[str, list[TensorPlan]] = {}
+    for tensor in pending:
+        shards.setdefault(outputs[0].slots[tensor.name].file, []).append(tensor)
+    peak = 0
+    with _cluster(placement.ray or "") as ray:
+        each = threads or _cores(ray, len(shards))
+        run = ray.remote(num_cpus=each, num_gpus=int(placement.kind == "cuda"), max_retries=_HOSTS_LOST)(_shard)
+        told = ray.put(pickle.dumps(Task.of(outputs, inputs)))
+        running = {}
+        for file, tensors in shards.items():
+            names = frozenset(tensor.name for tensor in tensors)
+            share = Share(names, placement.devices[0], each, memory_limit, f"journal.{file}")
+            running[run.options(name=f"merge {file}").remote(told, share)] = tensors
+        try:
+            while running:
+                for done in ray.wait(list(running))[0]:
+                    made, task_peak = ray.get(done)
+                    for number, entry in made:
+                        outputs[number].record(entry)
+                    for tensor in running.pop(done):
+                        watcher.advance(tensor.read_bytes)
+                        watcher.finished(tensor.name)
+                    peak += task_peak
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+    for output in outputs:
+        output.require_arrived(placement.threads_each(threads))
+    return peak
+
+
+def _shard(told: bytes, share: Share) -> tuple[Made, int]:
+    """What a Ray task does: the records of its shard, and its peak of memory."""
+    task: Task = pickle.loads(told)  # noqa: S301 - from the process that began this task
+    # Two attempts at a shard may overlap when a host only seemed gone: each writes in a journal of its own.
+    own = replace(share, device=resolve_device(str(share.device)), journal=f"{share.journal}.{uuid.uuid4().hex}")
+    kept = _Kept()
+    make_share(task, own, kept, sync=True)
+    return kept.entries, peak_resident()
+
+
+class _Kept:
+    """Who keeps what was made, for when the task is done."""
+
+    def __init__(self) -> None:
+        self.entries: Made = []
+
+    def advance(self, size_bytes: int) -> None:
+        """Shards are what is counted."""
+
+    def made(self, tensor: str, entries: Made) -> None:
+        """A tensor is written and journalled."""
+        self.entries += entries
+
+
+@contextlib.contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """Ray, connected; one that this merge has connected or started is let go at the end. Its errors become ours."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "Ray is not installed", where="executor", mend="pip install 'modelweld[ray]', on every host"
+        ) from error
+    ours = not ray.is_initialized()
+    try:
+        if ours:
+            _connect(ray, address)
+        yield ray
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise ExternalError(
+            f"Ray gave a task up: {' '.join(str(error).split())}",
+            where="executor",
+            mend="look at the cluster, and run the same command again: what was finished is kept",
+        ) from error
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address or os.environ.get("RAY_ADDRESS"):
+            ray.init(address or None, **quiet)
+        else:
+            # On its own, a cluster is for this host: nothing of it listens on the network.
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "executor"
+        raise ExternalError(
+            f"Ray does not answer: {' '.join(str(error).split())}", where=where, mend="`ray status` says what runs"
+        ) from error
+
+
+def _cores(ray: Any, tasks: int) -> int:
+    """Cores for each of so many tasks: no more than one host has, or none could take it."""
+    hosts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, min(max(hosts, default=1), sum(hosts) // tasks))
