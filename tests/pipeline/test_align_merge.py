@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import modelweld
+from modelweld.config import load_recipe
 from modelweld.errors import ConfigError, MergeError
 from modelweld.stages.merge import MergeReport, merge
 from modelweld.symmetry import derive_spec
@@ -232,3 +233,42 @@ def test_activations_that_are_not_finite_are_refused(family: Family, weld: Weld)
     with pytest.raises(modelweld.errors.ModelweldError, match=r"not finite|infinite|nan"):
         weld(align={"calibration": rows(family), "rows": 32})
     assert not (family.root / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "drm", "average"])
+def test_alpha_is_scored_by_the_very_merge_that_is_written(family: Family, method: str, tmp_path: Path) -> None:
+    from modelweld.merging.engine import build, open_inputs
+    from modelweld.stages.align import aligned
+    from modelweld.stages.align.scoring import merged_backbone
+
+    document = {"method": method, "base": str(family.base), "models": _models(family), "align": {}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    recipe = load_recipe(file)
+    merge(recipe, tmp_path / "merged", "cpu", root=family.root, staging=tmp_path / "staging")
+    with open_inputs(recipe) as inputs:
+        plan = build(recipe, inputs)
+        found = merged_backbone(plan, aligned(recipe, plan, inputs, family.root).inputs)
+    written = weights(tmp_path / "merged")
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+
+
+def test_a_method_that_takes_long_is_stood_in_for_by_the_mean_and_the_record_says_so(
+    family: Family, weld: Weld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelweld.stages.align import scoring
+
+    settings = {"alpha": "auto", "grid": [0.5, 1.0], "calibration": rows(family), "rows": 32}
+    settings["validation"] = rows(family, "validation")
+    weld("quick", method="drm", align=settings, models=_models(family))
+    assert _scored_by(family.root / "quick") == "drm"
+    monkeypatch.setattr(scoring, "AFFORDABLE_FLOPS", 1e3)
+    weld("slow", method="drm", align=settings, models=_models(family))
+    assert _scored_by(family.root / "slow") == "linear"
+
+
+def _scored_by(merged: Path) -> str:
+    by = json.loads((merged / "alignment.json").read_text())["alpha_scored_by"]
+    assert json.loads((merged / "manifest.json").read_text())["alignment"]["alpha_scored_by"] == by
+    return str(by)

@@ -29,10 +29,10 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def train(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+def train(model: Any, inputs: torch.Tensor, labels: torch.Tensor, epochs: int = 60) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
-    for _ in range(60):
+    for _ in range(epochs):
         for rows in torch.randperm(len(inputs)).split(64):
             loss = torch.nn.functional.cross_entropy(model(pixel_values=inputs[rows]).logits, labels[rows])
             optimiser.zero_grad()

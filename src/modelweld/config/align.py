@@ -14,15 +14,18 @@ class Rows(Strict):
 
     dataset: str
     split: str = "train"
-    text: str = "text"
-    label: str = "label"
+    text: str = Field("text", description="column of texts, unless `image` names one of images")
+    image: str | None = Field(None, description="column of images: the rows are then images")
+    label: str = Field("label", description="column of labels; calibration rows need none")
 
 
 class Align(Strict):
     """How units are matched (MuDSC, arXiv 2403.01753). In a pipeline the rows come from the tasks' own data sets."""
 
-    mode: Literal["align", "zip"] = Field(
-        "align", description="permute every model to the first one's order, or merge similar units of all models (zip)"
+    mode: Literal["align", "zip", "none"] = Field(
+        "align",
+        description="permute every model to the first one's order, merge similar units of all models (zip), or leave "
+        "all units where they are (none), for `repair` alone",
     )
     space: Literal["dual", "weights", "activations"] | None = Field(
         None, description="what similarity is read from; null is dual where there are calibration rows, else weights"
@@ -46,6 +49,11 @@ class Align(Strict):
     )
     validation_rows: Annotated[int, Field(ge=1)] = 500
     max_length: Annotated[int, Field(ge=1)] = 128
+    repair: bool | None = Field(
+        None,
+        description="compute BatchNorm statistics of the merge anew on the calibration rows; null does so where there "
+        "are both",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

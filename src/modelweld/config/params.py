@@ -117,18 +117,13 @@ class Params(Strict):
     def _rows(self, align: Align) -> Align:
         """The settings with the tasks' own rows where none are named: train to calibrate, validation to choose."""
 
-        def of(split: str) -> dict[str, Rows]:
-            return {
-                name: Rows(
-                    dataset=f"datasets/{task.dataset}",
-                    split=(task.train_split or "train") if split == "train" else split,
-                    text=task.text,
-                    label=task.label,
-                )
-                for name, task in self.tasks.items()
-                if task.kind == "text-classification"
-            }
+        def of(task: Task, split: str) -> Rows:
+            image = task.image if task.kind == "image-classification" else None
+            return Rows(dataset=f"datasets/{task.dataset}", split=split, text=task.text, image=image, label=task.label)
 
-        calibrated = align.calibration or (None if align.space == "weights" else of("train") or None)
-        chosen = align.validation or (of("validation") if align.alpha == "auto" else None)
+        # Rows that nothing needs are not read: weights alone match units, and most models have no batch statistics.
+        train = {name: of(task, task.train_split) for name, task in self.tasks.items() if task.train_split}
+        calibrated = align.calibration or train or None
+        validation = {name: of(task, "validation") for name, task in self.tasks.items()}
+        chosen = align.validation or (validation if align.alpha == "auto" else None)
         return align.model_copy(update={"calibration": calibrated, "validation": chosen})

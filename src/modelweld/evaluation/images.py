@@ -55,11 +55,37 @@ class ImageSet:
         return self._digest
 
 
-def read_images(source: str, split: str, image: str, label: str) -> ImageSet:
-    """One split of `source`, a folder of <split>.parquet or such a file.
+Pick = Callable[[int], Sequence[int]]
 
-    InputError when the split, a column or a value is missing, or a row's image cannot be decoded: it names the row.
+
+def read_images(source: str, split: str, image: str, label: str, pick: Pick | None = None) -> ImageSet:
+    """One split of `source`, a folder of <split>.parquet or such a file; of its rows those that `pick` names.
+
+    `pick` is told how many there are. InputError when the split, a column or a value is missing, or a row's image
+    cannot be decoded: it names the row.
     """
+    path, table = _table(source, split, (image, label))
+    chosen = pick(table.num_rows) if pick else range(table.num_rows)
+    column = table.column(label)
+    labels = [column[row].as_py() for row in chosen]
+    for row, value in zip(chosen, labels, strict=True):
+        if not isinstance(value, int | str):
+            raise InputError(
+                f"row {row}: column {label!r} holds {value!r}, neither a class number nor a class name",
+                where=str(path),
+                mend="drop or mend the row",
+            )
+    images = _decoded(table, image, chosen, path)
+    return ImageSet(images, tuple(labels), _class_names(table.schema, label), str(path))
+
+
+def read_unlabelled(source: str, split: str, image: str, pick: Pick) -> tuple[Image.Image, ...]:
+    """The images of the rows that `pick` names, as for `read_images`; no label is asked for."""
+    path, table = _table(source, split, (image,))
+    return _decoded(table, image, pick(table.num_rows), path)
+
+
+def _table(source: str, split: str, columns: Sequence[str]) -> tuple[Path, pyarrow.Table]:
     path = Path(source)
     if path.is_dir():
         path = path / f"{split}.parquet"
@@ -72,7 +98,7 @@ def read_images(source: str, split: str, image: str, label: str) -> ImageSet:
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot be read: {reason}", where=str(path), mend="fetch it again") from error
-    for column in (image, label):
+    for column in columns:
         if column not in table.column_names:
             raise ConfigError(
                 f"no column {column!r} among {', '.join(table.column_names)}",
@@ -81,20 +107,17 @@ def read_images(source: str, split: str, image: str, label: str) -> ImageSet:
             )
     if not table.num_rows:
         raise InputError("the split has no rows", where=str(path), mend="an evaluation needs rows")
-    images, labels = [], table.column(label).to_pylist()
-    for row, value in enumerate(table.column(image).to_pylist()):
+    return path, table
+
+
+def _decoded(table: pyarrow.Table, column: str, rows: Sequence[int], path: Path) -> tuple[Image.Image, ...]:
+    values, images = table.column(column), []
+    for row in rows:
         try:
-            images.append(decode(value))
+            images.append(decode(values[row].as_py()))
         except Unreadable as error:
             raise InputError(f"row {row}: {error}", where=str(path), mend="drop or mend the row") from error
-    for row, value in enumerate(labels):
-        if not isinstance(value, int | str):
-            raise InputError(
-                f"row {row}: column {label!r} holds {value!r}, neither a class number nor a class name",
-                where=str(path),
-                mend="drop or mend the row",
-            )
-    return ImageSet(tuple(images), tuple(labels), _class_names(table.schema, label), str(path))
+    return tuple(images)
 
 
 def _class_names(schema: pyarrow.Schema, column: str) -> tuple[str, ...] | None:
@@ -118,6 +141,17 @@ class Preprocessing:
         """(rows, channels, height, width), as the model was trained on; every image in the model's channels."""
         converted = [image if image.mode == self.mode else image.convert(self.mode) for image in images]
         return torch.as_tensor(self.processor(converted, return_tensors="pt")["pixel_values"])
+
+    def batch(self, images: Sequence[Image.Image], first: int, where: str) -> torch.Tensor:
+        """The same for rows from number `first` on; InputError naming them when the processor leaves several sizes."""
+        try:
+            return self.pixels(images)
+        except ValueError as error:
+            raise InputError(
+                f"images {first} to {first + len(images) - 1} cannot be stacked: {str(error).splitlines()[0]}",
+                where=where,
+                mend=f"let the model's {PROCESSOR} resize, or give images of one size",
+            ) from error
 
 
 def preprocessing(*folders: Path) -> Preprocessing:
@@ -194,14 +228,7 @@ def image_logits(
     with torch.inference_mode(), products:
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
-            try:
-                pixels = how.pixels(part)
-            except ValueError as error:
-                raise InputError(
-                    f"images {start} to {start + len(part) - 1} cannot be stacked: {str(error).splitlines()[0]}",
-                    where=where,
-                    mend=f"let the model's {PROCESSOR} resize, or give images of one size",
-                ) from error
+            pixels = how.batch(part, start, where)
             try:
                 collected.append(model(pixel_values=pixels.to(settings.device)).logits)
             except torch.OutOfMemoryError as error:

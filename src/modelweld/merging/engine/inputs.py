@@ -12,6 +12,7 @@ from blake3 import blake3
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.adapter import Adapter, is_adapter
 from modelweld.checkpoints.alignment import Alignment, align, has_task_head, tied_weights
+from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.header import LENGTH_BYTES
 from modelweld.config import Recipe
 from modelweld.errors import CheckpointError, ConfigError
@@ -68,20 +69,18 @@ def open_inputs(recipe: Recipe) -> Iterator[Inputs]:
         for label, entry in recipe.models.items():
             if not is_adapter(str(entry.path)):
                 continue
-            if recipe.alignment is not None:
-                raise ConfigError(
-                    f"{label} is an adapter, whose units are its base's: there is nothing to align",
-                    where="align",
-                    mend="leave `align:` out, or fold the adapter into its base first",
-                )
             adapters[label] = _adapter(str(entry.path), base, label)
             stack.enter_context(adapters[label].checkpoint)
-        opened = {
+        opened: dict[str, Checkpoint] = {
             label: adapters[label].checkpoint
             if label in adapters
             else stack.enter_context(Checkpoint.open(str(entry.path)))
             for label, entry in recipe.models.items()
         }
+        if base is not None and recipe.alignment is not None and len(adapters) < len(opened):
+            # Beside whole models an adapter is one too: its base's units are brought to the common order with it.
+            opened |= {label: Folded(own, base, label, rounded=False) for label, own in adapters.items()}
+            adapters = {}
         reference = base or next(iter(opened.values()))
         if base is None:
             _same_configs(opened)

@@ -2,14 +2,17 @@
 
 `members` proves each expert's symmetry on its real weights, `rows` draws what the models are run on, `search` matches
 units by weights and activations, `scoring` tries a value of alpha, `record` is what is written of all this. The engine
-then gets checkpoints in which every unit stands in its place.
+then gets `views` of the checkpoints in which every unit stands in its place, and `repairing` mends the batch statistics
+of what it wrote.
 
     with open_inputs(recipe) as inputs:
         found = aligned(recipe, build(recipe, inputs), inputs, root)
+        ...  # execute the plan over found.inputs, into `tree`
         found.write(tree)
 """
 
 from modelweld.stages.align.aligning import aligned
 from modelweld.stages.align.record import DOCUMENT, PLACES, Aligned
+from modelweld.stages.align.repairing import repaired
 
-__all__ = ["DOCUMENT", "PLACES", "Aligned", "aligned"]
+__all__ = ["DOCUMENT", "PLACES", "Aligned", "aligned", "repaired"]

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from modelweld.config import Recipe
+from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
 from modelweld.merging.engine import Inputs, Plan
 from modelweld.merging.registry import method
-from modelweld.stages.align.members import Member, base_member, members_of, moves
-from modelweld.stages.align.record import Aligned, document_of, notes_of, places_of
+from modelweld.stages.align.members import base_member, members_of, moves
+from modelweld.stages.align.record import Aligned, document_of, note_of, places_of, unmoved, with_warnings
 from modelweld.stages.align.search import search
-from modelweld.symmetry.placements import Folded, Permuted
-from modelweld.symmetry.view import AlignedCheckpoint
+from modelweld.stages.align.views import placed_inputs
 
 
 def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
@@ -31,13 +25,17 @@ def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
     settings = recipe.alignment
     if settings is None:
         raise ConfigError("the recipe asks for no alignment", where="align", mend="align: {}")
-    adapter = next((expert.label for expert in inputs.experts if expert.adapter is not None), None)
-    if adapter is not None:
-        raise ConfigError(
-            f"{adapter} is an adapter: its units are its base's, in the base's order already",
-            where="align",
-            mend="merge adapters without `align:`, or fold each into its base first",
-        )
+    if settings.mode == "none":
+        found = unmoved(settings, inputs, "every unit stays where it is: align.mode is none")
+    elif inputs.experts and all(expert.adapter is not None for expert in inputs.experts):
+        why = "all experts are adapters of one base and keep its units: they are aligned already, nothing is permuted"
+        found = unmoved(settings, inputs, why)
+    else:
+        found = _matched(recipe, settings, plan, inputs, root)
+    return with_warnings(found, settings, plan)
+
+
+def _matched(recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
     if len(inputs.experts) < 2:
         raise MergeError("alignment takes two models or more", where="models", mend="name another one")
     common, experts = members_of(settings, inputs, root)
@@ -49,21 +47,11 @@ def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
                 where="align.mode",
                 mend="use mode: align, or a method that needs no base",
             )
-        members.insert(0, base_member(inputs, common))
-    found = search(settings, common, members, inputs)
-    document = document_of(settings, common, members, found)
+        members.insert(0, base_member(inputs, common, experts[0]))
+    found = search(settings, plan, common, members, inputs)
+    document = document_of(settings, recipe.method_name, common, members, found)
     views = placed_inputs(inputs, members, found.placement.placed)
-    return Aligned(views, document, places_of(members, found), notes_of(document, plan))
-
-
-def placed_inputs(inputs: Inputs, members: Sequence[Member], placed: Permuted | Folded) -> Inputs:
-    """The inputs with every expert seen through its placement; the base stays as it is."""
-    positions = {member.label: position for position, member in enumerate(members)}
-    experts = []
-    for expert in inputs.experts:
-        position = positions[expert.label]
-        experts.append(replace(expert, checkpoint=_view(members[position], placed, position)))
-    return replace(inputs, experts=tuple(experts))
+    return Aligned(views, document, places_of(members, found), (note_of(document),))
 
 
 def _reads_base(plan: Plan, inputs: Inputs, moved: frozenset[str]) -> bool:
@@ -76,23 +64,3 @@ def _reads_base(plan: Plan, inputs: Inputs, moved: frozenset[str]) -> bool:
         if chosen is None or chosen.needs_base or chosen.whole_matrix:
             return True
     return False
-
-
-def _view(member: Member, placed: Permuted | Folded, position: int) -> AlignedCheckpoint:
-    own = replace(placed, spec=member.spec)
-    moved = [
-        name
-        for name, axes in member.spec.axes.items()
-        if name in member.checkpoint.tensors and moves(axes) and member.checkpoint.tensors[name].dtype.is_floating_point
-    ]
-    if isinstance(placed, Permuted):
-        return AlignedCheckpoint(member.checkpoint, partial(_permuted, own, position), moved)
-    return AlignedCheckpoint(member.checkpoint, partial(_folded, own, position), moved, torch.float32)
-
-
-def _permuted(placed: Permuted | Folded, position: int, name: str, tensor: Tensor) -> Tensor:
-    return placed.tensor(name, tensor, position)
-
-
-def _folded(placed: Permuted | Folded, position: int, name: str, tensor: Tensor) -> Tensor:
-    return placed.tensor(name, tensor.double(), position)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.shards import write_tensors
 from modelweld.config.align import Align
 from modelweld.merging.engine import Inputs, Plan
 from modelweld.stages.align.members import Member
+from modelweld.stages.align.repairing import repairs
+from modelweld.stages.align.scoring import STAND_IN
 from modelweld.stages.align.search import Found
 from modelweld.symmetry import Spec
 from modelweld.symmetry.families import STATISTICS
@@ -24,6 +27,20 @@ DOCUMENT = "alignment.json"
 PLACES = "alignment.safetensors"
 ALIGNED_ALREADY = 0.999
 _DIGITS = 6
+_TOLD = (
+    "mode",
+    "alpha",
+    "alpha_curve",
+    "alpha_scored_by",
+    "objective",
+    "identity_share",
+    "aligned_already",
+    "order_of",
+    "folded",
+    "calibration",
+    "proof_error",
+    "preservation_error",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,12 @@ class Aligned:
             hasher.update(f"{name}\0".encode() + place.numpy().tobytes())
         return str(hasher.hexdigest())
 
+    def in_manifest(self, manifest: Mapping[str, Any], repair: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The manifest with what was aligned and repaired. The digest of the matching stands for rows and paths."""
+        recipe = {**manifest["recipe"], "align": _without_places(manifest["recipe"]["align"])}
+        told = {key: self.document[key] for key in _TOLD} | {"digest": self.digest()}
+        return {**manifest, "recipe": recipe, "alignment": told, "repair": repair}
+
     def write(self, tree: Path) -> None:
         """Put alignment.json and alignment.safetensors into a merged directory."""
         text = json.dumps(self.document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
@@ -49,7 +72,9 @@ class Aligned:
         write_tensors(tree / PLACES, dict(self.places), {})
 
 
-def document_of(settings: Align, common: Spec, members: Sequence[Member], found: Found) -> dict[str, Any]:
+def document_of(
+    settings: Align, method_name: str, common: Spec, members: Sequence[Member], found: Found
+) -> dict[str, Any]:
     """alignment.json: what was done and what it gave, without clocks."""
     placement, curve = found.placement, found.curve
     shares, share = placement.identity_shares(), placement.identity_share()
@@ -67,8 +92,10 @@ def document_of(settings: Align, common: Spec, members: Sequence[Member], found:
         "mode": settings.mode,
         "alpha": found.alpha,
         "alpha_curve": None if curve is None else {f"{key:g}": round(score, _DIGITS) for key, score in curve.items()},
+        "alpha_scored_by": None if curve is None else STAND_IN.method if found.stood_in else method_name,
         "models": [member.label for member in members],
         "order_of": members[0].label,
+        "folded": [member.label for member in members if isinstance(member.checkpoint, Folded)],
         "objective": round(placement.objective, _DIGITS),
         "trace": [round(value, _DIGITS) for value in placement.trace],
         "identity_share": round(share, _DIGITS),
@@ -81,6 +108,31 @@ def document_of(settings: Align, common: Spec, members: Sequence[Member], found:
     }
 
 
+def unmoved(settings: Align, inputs: Inputs, why: str) -> Aligned:
+    """The inputs as they are, with the record of an alignment that has nothing to move, or was not to move anything."""
+    labels = [expert.label for expert in inputs.experts]
+    document = {
+        "version": 1,
+        "mode": settings.mode,
+        "alpha": None,
+        "alpha_curve": None,
+        "alpha_scored_by": None,
+        "models": labels,
+        "order_of": labels[0],
+        "folded": [],
+        "objective": None,
+        "trace": [],
+        "identity_share": 1.0,
+        "aligned_already": settings.mode != "none",
+        "groups": {},
+        "symmetry_digest": None,
+        "proof_error": {},
+        "preservation_error": {},
+        "calibration": None,
+    }
+    return Aligned(inputs, document, {}, (why,))
+
+
 def places_of(members: Sequence[Member], found: Found) -> dict[str, Tensor]:
     """By model and group, as `<label>/<group>`, where units went: alignment.safetensors."""
     return {
@@ -90,12 +142,24 @@ def places_of(members: Sequence[Member], found: Found) -> dict[str, Tensor]:
     }
 
 
-def notes_of(document: Mapping[str, Any], plan: Plan) -> tuple[str, ...]:
-    """What a person is told."""
-    share, order = document["identity_share"], document["order_of"]
-    notes = [f"{share:.1%} of the units stay where they are in the order of {order}"]
+def note_of(document: Mapping[str, Any]) -> str:
+    """What a person is told of the alignment."""
     if document["aligned_already"]:
-        notes = ["the models are aligned already (units stay where they are): alignment changes nothing"]
-    if any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors):
-        notes.append("batch statistics are averages: compute them anew with modelweld.symmetry.repair")
-    return tuple(notes)
+        return "the models are aligned already (units stay where they are): alignment changes nothing"
+    return f"{document['identity_share']:.1%} of the units stay where they are in the order of {document['order_of']}"
+
+
+def with_warnings(found: Aligned, settings: Align, plan: Plan) -> Aligned:
+    """The same, with a word about what was left as it is."""
+    notes = list(found.notes)
+    if any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors) and not repairs(settings, plan):
+        notes.append("batch statistics are averages: name calibration rows to have them computed anew")
+    return replace(found, notes=tuple(notes))
+
+
+def _without_places(align: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The `align:` section without the places of its files, which differ from machine to machine."""
+    if align is None:
+        return None
+    named = {key: sorted(align[key]) if align[key] else None for key in ("calibration", "validation")}
+    return {**align, **named, "spec": align["spec"] is not None}

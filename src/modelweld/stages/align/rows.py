@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelweld.checkpoints.loading import load_tokenizer
 from modelweld.config.align import Align, Rows
-from modelweld.errors import MergeError
+from modelweld.errors import ConfigError, MergeError
 from modelweld.evaluation.dataset import EvaluationSet, read_set
+from modelweld.evaluation.images import image_logits, preprocessing, read_images, read_unlabelled
 from modelweld.evaluation.labels import LabelSpace
-from modelweld.evaluation.predictors import Settings, choose_device, encode, predict
+from modelweld.evaluation.predictors import TOKENIZER_FILES, Settings, choose_device, encode, predict
+from modelweld.images import fingerprint
+from modelweld.merging.engine import Inputs
 from modelweld.merging.engine.inputs import Expert
 
 LEAST_ROWS = 16
-_BATCH = 16
+TEXT_BATCH = 16
+IMAGE_BATCH = 64
 _VALIDATION_TOKENS = 4096
 
 
@@ -32,66 +38,151 @@ class Calibration:
     record: dict[str, Any]
 
 
-def calibration_of(settings: Align, reference: Path) -> Calibration:
-    """The calibration rows, drawn evenly over their sets by the seed, as the model in `reference` takes its inputs.
+def calibration_of(settings: Align, inputs: Inputs) -> Calibration:
+    """The calibration rows, drawn evenly over their sets by the seed, as the models take their inputs.
 
-    Raises MergeError for too few of them, InputError and ConfigError for a set that cannot be read.
+    Raises MergeError for too few of them, ConfigError for texts beside images, InputError for what cannot be read.
     """
-    named = settings.calibration or {}
-    texts: list[str] = []
-    for number, (name, rows) in enumerate(sorted(named.items())):
-        share = settings.rows // len(named) + (number < settings.rows % len(named))
-        texts += _drawn(read_set(rows.dataset, rows.split, rows.text, rows.text), share, settings.seed, name)
-    if len(texts) < LEAST_ROWS:
+    named = dict(sorted((settings.calibration or {}).items()))
+    if len({rows.image is None for rows in named.values()}) > 1:
+        raise ConfigError(
+            "names rows of texts and rows of images, and no model takes both",
+            where="align.calibration",
+            mend="keep those that these models are made for",
+        )
+    shares = _shares(settings, named)
+    images = any(rows.image is not None for rows in named.values())
+    batches, prints = (_images if images else _texts)(settings, shares, inputs)
+    if len(prints) < LEAST_ROWS:
         raise MergeError(
-            f"{len(texts)} calibration rows are too few to correlate units by, at least {LEAST_ROWS}",
+            f"{len(prints)} calibration rows are too few to correlate units by, at least {LEAST_ROWS}",
             where="align.calibration",
             mend="name more rows (a few hundred are enough), or set space: weights",
         )
     hasher = blake3()
-    for text in texts:
-        hasher.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    record = {"rows": len(texts), "sets": sorted(named), "digest": hasher.hexdigest()}
-    tokenizer = load_tokenizer(reference)
-    encoded = encode(tokenizer, texts, settings.max_length)
-    order = sorted(range(len(texts)), key=lambda row: (len(encoded["input_ids"][row]), row))
-    batches = []
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
-        part = {name: [values[row] for row in chosen] for name, values in encoded.items()}
-        batches.append(dict(tokenizer.pad(part, return_tensors="pt")))
-    return Calibration(batches, record)
+    for one in prints:
+        hasher.update(one + b"\0")
+    return Calibration(batches(), {"rows": len(prints), "sets": sorted(named), "digest": hasher.hexdigest()})
 
 
-def accuracy_on(rows: Rows, settings: Align, task: str, expert: Expert, reference: Path) -> Callable[[Any], float]:
+def call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A batch as the keywords that this model's forward takes; ConfigError for texts to a model of images."""
+    taken = inspect.signature(model.forward).parameters
+    call: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in taken}
+    if not call:
+        raise ConfigError(
+            f"a {type(model).__name__} takes no {', '.join(batch)}",
+            where="align.calibration",
+            mend="`text:` names a column of texts, `image:` one of images",
+        )
+    if "decoder_input_ids" in taken:
+        call["decoder_input_ids"] = call["input_ids"]
+    return call | ({"use_cache": False} if "use_cache" in taken else {})
+
+
+def accuracy_on(rows: Rows, settings: Align, task: str, expert: Expert, inputs: Inputs) -> Callable[[Any], float]:
     """What gives a model's accuracy on the first validation rows of a task, in the classes of that task's expert."""
-    chosen = _first(rows, settings, task)
-    truth = LabelSpace.from_config(expert.checkpoint.config, str(expert.checkpoint.path)).encode(chosen, task)
+    space = LabelSpace.from_config(expert.checkpoint.config, str(expert.checkpoint.path))
     how = Settings(settings.max_length, _VALIDATION_TOKENS, choose_device("cpu"))
-    tokenizer = load_tokenizer(reference)
+    where = f"validation rows of {task}"
+
+    pick = partial(drawn, wanted=settings.validation_rows, seed=settings.seed)
+    if rows.image is not None:
+        pictures = read_images(rows.dataset, rows.split, rows.image, rows.label, pick)
+        looks, right = (
+            preprocessing(*_folders(inputs.reference.path, expert.checkpoint.path)),
+            space.encode(pictures, task),
+        )
+
+        def seen(model: Any) -> float:
+            logits = image_logits(model, looks, pictures.images, how, lambda _: None, where)
+            return float((logits.argmax(axis=1) == right).mean())
+
+        return seen
+    every = read_set(rows.dataset, rows.split, rows.text, rows.label)
+    chosen = _only(every, pick(len(every)))
+    truth = space.encode(chosen, task)
+    tokenizer = load_tokenizer(inputs.reference.path)
     encoded = encode(tokenizer, chosen.texts, settings.max_length)
 
-    def accuracy(model: Any) -> float:
-        guessed = predict(model, tokenizer, encoded, how, lambda _: None, f"validation rows of {task}")
+    def read(model: Any) -> float:
+        guessed = predict(model, tokenizer, encoded, how, lambda _: None, where)
         return float((guessed.classes == truth).mean())
 
-    return accuracy
+    return read
 
 
-def _drawn(rows: EvaluationSet, count: int, seed: int, name: str) -> list[str]:
-    if not len(rows):
-        raise MergeError("has no rows", where=f"align.calibration.{name}", mend="fetch it again")
+def drawn(count: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` of `count` row numbers in rising order, by the seed; all where there are no more."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(rows), generator=generator)[:count].tolist()
-    return [rows.texts[row] for row in sorted(chosen)]
+    return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())
 
 
-def _first(rows: Rows, settings: Align, task: str) -> EvaluationSet:
-    every = read_set(rows.dataset, rows.split, rows.text, rows.label)
-    generator = torch.Generator().manual_seed(settings.seed)
-    chosen = sorted(torch.randperm(len(every), generator=generator)[: settings.validation_rows].tolist())
-    if not chosen:
-        raise MergeError("has no rows", where=f"align.validation.{task}", mend="fetch it again")
+Batches = Callable[[], list[dict[str, Tensor]]]
+_Shares = Sequence[tuple[Rows, int]]
+
+
+def _shares(settings: Align, named: Mapping[str, Rows]) -> _Shares:
+    """How many rows each set gives, the first ones one more where they do not divide."""
+    return [
+        (rows, settings.rows // len(named) + (number < settings.rows % len(named)))
+        for number, rows in enumerate(named.values())
+    ]
+
+
+def _texts(settings: Align, shares: _Shares, inputs: Inputs) -> tuple[Batches, list[bytes]]:
+    """Texts in batches of like length, and what tells each from another."""
+    texts: list[str] = []
+    for rows, share in shares:
+        every = read_set(rows.dataset, rows.split, rows.text, rows.text)
+        texts += [every.texts[row] for row in drawn(len(every), share, settings.seed)]
+
+    def batches() -> list[dict[str, Tensor]]:
+        if not any((inputs.reference.path / name).is_file() for name in TOKENIZER_FILES):
+            raise ConfigError(
+                f"names texts, and there is no tokenizer in {inputs.reference.path}",
+                where="align.calibration",
+                mend="`image:` names a column of images",
+            )
+        tokenizer = load_tokenizer(inputs.reference.path)
+        encoded = encode(tokenizer, texts, settings.max_length)
+        order = sorted(range(len(texts)), key=lambda row: (len(encoded["input_ids"][row]), row))
+        made = []
+        for start in range(0, len(order), TEXT_BATCH):
+            chosen = order[start : start + TEXT_BATCH]
+            part = {name: [values[row] for row in chosen] for name, values in encoded.items()}
+            made.append(dict(tokenizer.pad(part, return_tensors="pt")))
+        return made
+
+    return batches, [text.encode("utf-8", "surrogatepass") for text in texts]
+
+
+def _images(settings: Align, shares: _Shares, inputs: Inputs) -> tuple[Batches, list[bytes]]:
+    """Images of all sets mixed, in batches of like size: batch statistics are wrong where a batch is all one task."""
+    pictures: list[Any] = []
+    for rows, share in shares:
+        pick = partial(drawn, wanted=share, seed=settings.seed)
+        pictures += read_unlabelled(rows.dataset, rows.split, str(rows.image), pick)
+
+    def batches() -> list[dict[str, Tensor]]:
+        experts = [expert.checkpoint.path for expert in inputs.experts]
+        looks = preprocessing(*_folders(inputs.reference.path, *experts))
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(settings.seed))
+        made, first = [], 0
+        for part in order.chunk(-(-len(pictures) // IMAGE_BATCH)):
+            chosen = [pictures[row] for row in part.tolist()]
+            made.append({"pixel_values": looks.batch(chosen, first, "align.calibration")})
+            first += len(chosen)
+        return made
+
+    return batches, [fingerprint(picture).encode() for picture in pictures]
+
+
+def _folders(*paths: Path) -> list[Path]:
+    return [path if path.is_dir() else path.parent for path in paths]
+
+
+def _only(rows: EvaluationSet, chosen: Sequence[int]) -> EvaluationSet:
     return replace(
-        every, texts=tuple(every.texts[row] for row in chosen), labels=tuple(every.labels[row] for row in chosen)
+        rows, texts=tuple(rows.texts[row] for row in chosen), labels=tuple(rows.labels[row] for row in chosen)
     )

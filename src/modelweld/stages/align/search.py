@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
-from modelweld.merging.engine import Inputs
+from modelweld.merging.engine import Inputs, Plan
 from modelweld.stages.align.members import Member, load, proved
-from modelweld.stages.align.rows import Calibration, calibration_of
+from modelweld.stages.align.rows import Calibration, calibration_of, call_of
 from modelweld.stages.align.scoring import Scorer
 from modelweld.symmetry import Alignment, Spec, Zipped, align, zip_models
 from modelweld.symmetry.instances import example_inputs
@@ -25,23 +24,27 @@ from modelweld.symmetry.view import Stored
 
 @dataclass(frozen=True)
 class Found:
-    """Where units go, the alpha that was used and how it scored beside others, and how exact it all is."""
+    """Where units go, the alpha that was used and how it scored beside others, and how exact it all is.
+
+    `stood_in`: the curve is that of the mean, because the recipe's method takes too long to be tried.
+    """
 
     placement: Alignment | Zipped
     alpha: float
     curve: Mapping[float, float] | None
+    stood_in: bool
     calibration: Mapping[str, Any] | None
     proofs: Mapping[str, float]
     preserved: Mapping[str, float]
 
 
-def search(settings: Align, common: Spec, members: Sequence[Member], inputs: Inputs) -> Found:
+def search(settings: Align, plan: Plan, common: Spec, members: Sequence[Member], inputs: Inputs) -> Found:
     """The alignment of `members`. With calibration rows all models are in memory at once, else one after the other.
 
     Raises ConfigError for rows that the settings need and do not name, MergeError for a symmetry that does not hold.
     """
     wants = _wants_activations(settings)
-    calibration = calibration_of(settings, inputs.reference.path) if wants else None
+    calibration = calibration_of(settings, inputs) if wants else None
     models: list[nn.Module] = []
     proofs: dict[str, float] = {}
     for member in members:
@@ -52,18 +55,20 @@ def search(settings: Align, common: Spec, members: Sequence[Member], inputs: Inp
         del model
     activations = _observed(settings, members, models, calibration) if calibration is not None else {}
     match = _matcher(settings, common, members, activations)
-    curve = None
-    if settings.alpha == "auto":
-        curve = Scorer(settings, members, models, inputs).curve(match)
+    curve, stood_in = None, False
+    if settings.alpha == "auto" and calibration is not None:
+        scorer = Scorer(settings, plan, members, models, inputs, calibration)
+        curve, stood_in = scorer.curve(match), scorer.stood_in
         alpha = max(curve, key=lambda value: (curve[value], -abs(value - 0.5)))
     elif settings.space == "activations":
         alpha = 0.0
     else:
-        alpha = settings.alpha if wants else 1.0
+        alpha = settings.alpha if wants and settings.alpha != "auto" else 1.0
     placement = match(alpha)
     del models, activations, match
     preserved = _preserved(placement, members, inputs) if isinstance(placement, Alignment) else {}
-    return Found(placement, alpha, curve, calibration.record if calibration else None, proofs, preserved)
+    record = calibration.record if calibration else None
+    return Found(placement, alpha, curve, stood_in, record, proofs, preserved)
 
 
 def _wants_activations(settings: Align) -> bool:
@@ -105,15 +110,6 @@ def _observed(
             )
     calls = [call_of(models[0], batch) for batch in calibration.batches]
     return observe(models, first.spec, calls, whole=settings.mode == "zip")
-
-
-def call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A batch as the keywords that this model's forward takes."""
-    taken = inspect.signature(model.forward).parameters
-    call: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in taken}
-    if "decoder_input_ids" in taken:
-        call["decoder_input_ids"] = call["input_ids"]
-    return call | ({"use_cache": False} if "use_cache" in taken else {})
 
 
 def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> dict[str, float]:

@@ -1,0 +1,100 @@
+"""Batch statistics of a merge, computed anew: in memory while alpha is chosen, and in the tree before it appears.
+
+Channels of a mean vary less than any parent's did; statistics that are averages too undo a merge (REPAIR, arXiv
+2211.08403).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from modelweld.checkpoints.buffers import bytes_of
+from modelweld.checkpoints.loading import load
+from modelweld.checkpoints.shards import ShardFile
+from modelweld.config import Recipe
+from modelweld.config.align import Align
+from modelweld.errors import ConfigError, MergeError
+from modelweld.merging.engine import Execution, Inputs, Plan
+from modelweld.stages.align.rows import Calibration, calibration_of, call_of
+from modelweld.symmetry.families import STATISTICS
+from modelweld.symmetry.repair import repair
+
+
+def repairs(settings: Align, plan: Plan) -> bool:
+    """Whether batch statistics of this merge are computed anew: where there are some, and rows to run it on.
+
+    Raises ConfigError where the recipe asks for it and names no rows.
+    """
+    has_statistics = any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors)
+    if settings.repair and not settings.calibration:
+        raise ConfigError(
+            "repair: true needs rows to run the merge on", where="align.calibration", mend="name a few hundred rows"
+        )
+    return has_statistics and settings.repair is not False and bool(settings.calibration)
+
+
+def mended(model: nn.Module, calibration: Calibration) -> int:
+    """How many layers of the model have new batch statistics, from the calibration rows."""
+    return repair(model, [call_of(model, batch) for batch in calibration.batches])
+
+
+def repaired(
+    recipe: Recipe, plan: Plan, inputs: Inputs, tree: Path, execution: Execution
+) -> tuple[Execution, dict[str, Any] | None]:
+    """The execution with the digests of new batch statistics, which are in `tree` now, and a record; or as it was.
+
+    The bytes depend on the merge, the rows and the seed, and on no number of threads. Raises MergeError for a layer
+    whose statistics the tree does not hold, and what reading rows raises.
+    """
+    settings = recipe.alignment
+    if settings is None or not repairs(settings, plan):
+        return execution, None
+    calibration = calibration_of(settings, inputs)
+    # With a head on it is the class that was trained; which head makes no difference to what lies before it.
+    head = plan.heads[0] if plan.heads else None
+    model = load(tree, head.task if head else None)
+    with _one_thread():
+        layers = mended(model, calibration)
+    finished, slots = dict(execution.finished), plan.layout.slots
+    shards = {shard.file: ShardFile(shard, tree) for shard in plan.layout.shards}
+    try:
+        for buffer, statistic in _statistics(model):
+            name = head.reference_prefix + buffer.removeprefix(head.prefix) if head else buffer
+            if name not in slots:
+                raise MergeError("is in no file of the merge", where=name, mend="leave `repair` out: repair: false")
+            slot = slots[name]
+            raw = bytes_of(statistic.to(slot.dtype).contiguous())
+            shards[slot.file].write(slot, 0, raw)
+            finished[name] = replace(finished[name], digest=blake3(raw).hexdigest())
+        for shard in shards.values():
+            shard.sync()
+    finally:
+        for shard in shards.values():
+            shard.close()
+    rows, digest = calibration.record["rows"], calibration.record["digest"]
+    return replace(execution, finished=finished), {"rows": rows, "digest": digest, "layers": layers}
+
+
+def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in model.named_buffers():
+        if name.endswith(STATISTICS):
+            yield name, buffer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Convolutions add up in another order for each number of threads.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
