@@ -111,7 +111,7 @@ def document_of(
 def unmoved(settings: Align, inputs: Inputs, why: str) -> Aligned:
     """The inputs as they are, with the record of an alignment that has nothing to move, or was not to move anything."""
     labels = [expert.label for expert in inputs.experts]
-    document = {
+    document: dict[str, Any] = {
         "version": 1,
         "mode": settings.mode,
         "alpha": None,
