@@ -178,7 +178,7 @@ def test_a_head_of_no_known_architecture_asks_for_its_config(tmp_path: Path) -> 
     root = bert(tmp_path)
     write_classifier(root, "e0", 1)
     edited(task_type=None)(root / "e0")
-    with pytest.raises(CheckpointError, match=r"brings a head \(base_model.model.classifier.bias\), and nothing says"):
+    with pytest.raises(CheckpointError, match=r"head \(base_model.model.classifier.bias\) could be of several"):
         load(root / "e0", base=root / "base")
     document = json.loads((root / "base" / "config.json").read_text())
     named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}

@@ -145,6 +145,21 @@ class Adapter:
         left, right = read(pair.B).double() * pair.scaling, read(pair.A).to(torch.float64, copy=True)
         return (right.mT, left.mT) if pair.table or pair.transposed else (left, right)
 
+    def config_on(self, base: Checkpoint) -> dict[str, Any]:
+        """The config.json of the model that adapter and base make: of the adapter's head, or else the base's.
+
+        Raises CheckpointError for a head of which nothing says what architecture it belongs to.
+        """
+        head = {name: self.checkpoint.tensors[name] for name in self.alignment.head}
+        found = head_config(self, base, head) if head else base.config
+        if not found:
+            raise CheckpointError(
+                f"the adapter's head ({next(iter(head), 'none')}) could be of several architectures",
+                where=str(self.checkpoint.path),
+                mend="put the config.json of the model that was finetuned beside the adapter",
+            )
+        return found
+
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a directory holds a PEFT adapter rather than a model."""

@@ -7,7 +7,6 @@ with Folded.onto("models/base", "adapters/sst2") as model:
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from modelweld.checkpoints.adapter import CONFIG, WRAPPING, Adapter, head_config, is_adapter
+from modelweld.checkpoints.adapter import CONFIG, WRAPPING, Adapter, is_adapter
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.checkpoints.checkpoint import Checkpoint, read_json
 from modelweld.checkpoints.header import TensorInfo
-from modelweld.errors import CheckpointError, ConfigError
+from modelweld.errors import ConfigError
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -33,8 +32,8 @@ class Folded(Checkpoint):
     merge_and_unload() does.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint, label: str, *, rounded: bool) -> None:
-        self._adapter, self._base, self._label = adapter, base, label
+    def __init__(self, adapter: Adapter, base: Checkpoint, *, rounded: bool) -> None:
+        self._adapter, self._base = adapter, base
         self._stored: dict[str, str] = {}
         self._adapted: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -65,23 +64,12 @@ class Folded(Checkpoint):
         if base is None:
             raise ConfigError("is an adapter, no model without its base", where=str(path), mend="name its base")
         with Checkpoint.open(base) as whole:
-            return cls(Adapter.open(path, whole, str(path)), whole, str(path), rounded=rounded)
+            return cls(Adapter.open(path, whole, str(path)), whole, rounded=rounded)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The config.json of the model: of the head's, where the adapter brings one, else the base's."""
-        names = self._adapter.alignment.head
-        if not names:
-            return self._base.config
-        head: Mapping[str, TensorInfo] = {name: self._adapter.checkpoint.tensors[name] for name in names}
-        found = head_config(self._adapter, self._base, head)
-        if not found:
-            raise CheckpointError(
-                f"{self._label} brings a head ({names[0]}), and nothing says which architecture it belongs to",
-                where=str(self.path),
-                mend="put the config.json of the model that was finetuned beside the adapter",
-            )
-        return found
+        return self._adapter.config_on(self._base)
 
     @property
     def files(self) -> list[Path]:

@@ -79,7 +79,7 @@ def open_inputs(recipe: Recipe) -> Iterator[Inputs]:
         }
         if base is not None and recipe.alignment is not None and len(adapters) < len(opened):
             # Beside whole models an adapter is one too: its base's units are brought to the common order with it.
-            opened |= {label: Folded(own, base, label, rounded=False) for label, own in adapters.items()}
+            opened |= {label: Folded(own, base, rounded=False) for label, own in adapters.items()}
             adapters = {}
         reference = base or next(iter(opened.values()))
         if base is None:
