@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.janitor import report_dead_runs
-from flows.steps import Patience, outcome, pin, push, record, register_and_gate, say, show_scores, stages
+from flows.steps import Patience, merge_notes, outcome, pin, push, record, register_and_gate, say, show_scores, stages
 from modelweld.workspace import Project
 
 HOUR_S = 3600.0
@@ -40,10 +40,11 @@ def merge(
         known = tree.started_from
         if known and not tree.stale_stages():
             say(f"nothing changed since {known.tag}")
-            made, done = known, []
+            made, done, notes = known, [], []
         else:
             done = [stage() for stage in stages(tree, Patience(stage_timeout_s, retry_delays_s))]
             made = record(tree, to_registry=to_registry)
             show_scores(made)
+            notes = merge_notes(tree)
     push(home, made)
-    return outcome(made, done, register_and_gate(home, made))
+    return outcome(made, done, notes, register_and_gate(home, made))

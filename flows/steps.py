@@ -210,13 +210,22 @@ def _show_version(project: Project, found: Outcome) -> None:
     say(f"register: {made.uri} (aliases: {aliases})")
 
 
-def outcome(made: Record, done: list[Repro], found: Outcome | None) -> dict[str, Any]:
+def merge_notes(tree: Worktree) -> list[str]:
+    """What the merge stage remarked on its models: that they are aligned already, say."""
+    file = tree.path / "merged" / "manifest.json"
+    # Where no stage needed the merge itself, DVC has not brought it into the worktree.
+    notes: list[str] = json.loads(file.read_text(encoding="utf-8")).get("notes", []) if file.is_file() else []
+    return notes
+
+
+def outcome(made: Record, done: list[Repro], notes: list[str], found: Outcome | None) -> dict[str, Any]:
     """The flow's answer, as plain data."""
     return {
         "status": "registered" if found else "recorded" if done else "unchanged",
         "record": made.as_dict(),
         "stages": [asdict(repro) for repro in done],
         "scores": score_rows(made),
+        "notes": notes,
         "registered": found.as_document() if found else None,
     }
 

@@ -136,6 +136,7 @@ def _show_progress(stage_lines: bool) -> None:
 
 def _text(done: dict[str, Any], project: Project) -> Any:
     from rich.console import Group
+    from rich.markup import escape
 
     tag = done["record"]["tag"]
     if done["status"] == "unchanged":
@@ -146,7 +147,8 @@ def _text(done: dict[str, Any], project: Project) -> Any:
         last = f"registered: {registered['uri']} ({aliases or 'no alias'})"
     else:
         last = f"not registered: `modelweld register {tag}` does"
-    return Group(_scores(done["scores"]), f"record: {tag}", last, *_more(project))
+    notes = [escape(f"note: {note}") for note in done["notes"]]
+    return Group(_scores(done["scores"]), *notes, f"record: {tag}", last, *_more(project))
 
 
 def _more(project: Project) -> list[str]:

@@ -71,7 +71,7 @@ def render(manifest: Mapping[str, Any], *, title: str = "Merged model", folder: 
     own = {
         key: value
         for key, value in recipe.items()
-        if key not in ("method", "models", "order", "rules", "output", "others")
+        if key not in ("method", "models", "order", "rules", "output", "others", "align")
     }
     survival = manifest["delta_survival"]
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)  # noqa: S701
@@ -122,4 +122,21 @@ def _treatment(manifest: Mapping[str, Any]) -> list[str]:
         (entry["method"] or "copied from the base", entry["role"]) for entry in manifest["tensors"].values()
     )
     lines = [f"{count} {role} tensors: {how}" for (how, role), count in sorted(counts.items())]
-    return lines + [f"head of {task}: kept from {head['model']}" for task, head in sorted(manifest["heads"].items())]
+    lines += [f"head of {task}: kept from {head['model']}" for task, head in sorted(manifest["heads"].items())]
+    return lines + _alignment(manifest) + [f"note: {note}" for note in manifest["notes"]]
+
+
+def _alignment(manifest: Mapping[str, Any]) -> list[str]:
+    """What was done to the order of units and to batch statistics, where anything was."""
+    found, repair = manifest.get("alignment"), manifest.get("repair")
+    lines = []
+    if found is not None and found["alpha"] is not None:
+        lines.append(
+            f"units matched by {found['mode']} with alpha {found['alpha']:g}, in the order of {found['order_of']}: "
+            f"{found['identity_share']:.1%} stay in place (alignment.json)"
+        )
+    if found is not None and found["folded"]:
+        lines.append(f"adapters folded into the base before they were aligned: {', '.join(found['folded'])}")
+    if repair is not None:
+        lines.append(f"batch statistics of {repair['layers']} layers computed anew on {repair['rows']} rows")
+    return lines
