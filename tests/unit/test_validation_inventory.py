@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from modelweld.checkpoints import Checkpoint
-from modelweld.validation import inventory
+from modelweld.validation import inventory, measures
 from modelweld.validation.checkpoints import twins
 from modelweld.validation.inventory import Inventory, take_inventory
 
@@ -44,7 +44,7 @@ def tensors() -> Tensors:
 
 
 def test_figures_are_numpys(tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "CHUNK", 150)
+    monkeypatch.setattr(measures, "CHUNK", 150)
     moved = {name: tensor + 0.1 * random(*tensor.shape, seed=9) for name, tensor in tensors.items()}
     base, found = survey(model(tmp_path / "base", tensors), x=model(tmp_path / "x", moved))
     rows = found["x"].frame.set_index("name")

@@ -49,6 +49,12 @@ class Pinned(_Record):
         return f"{self.kind}-{self.name}"
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter, which is fetched as it is, rather than a whole model."""
+        weights = (name for name in self.files if name.startswith("model") and ".safetensors" in name)
+        return self.kind == "model" and "adapter_config.json" in self.files and next(weights, None) is None
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files together."""
         return sum(file.size_bytes for file in self.files.values())

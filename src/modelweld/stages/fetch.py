@@ -31,7 +31,9 @@ def fetch(key: str, root: Path) -> dict[str, Any]:
         )
     path = safe_name(entry.path, key)
     done = fetch_entry(entry, root / path, project_root(root))
-    return {"key": key, "path": path, "resolved": entry.resolved, "revision": entry.revision, **asdict(done)}
+    kind = "adapter" if entry.is_adapter else entry.kind
+    told = {"key": key, "what": kind, "path": path, "resolved": entry.resolved, "revision": entry.revision}
+    return {**told, **asdict(done)}
 
 
 def project_root(root: Path) -> Path:

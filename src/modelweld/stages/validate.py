@@ -12,11 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from modelweld.checkpoints import Checkpoint
+from modelweld.checkpoints.adapter import Adapter, is_adapter
+from modelweld.checkpoints.alignment import correspond
+from modelweld.checkpoints.rounding import folded_rank
 from modelweld.config import Params, Source, load_params
 from modelweld.errors import CheckpointError, InputError, ModelweldError
 from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources.lock import Kind, Lock
 from modelweld.stages.fetch import project_root
+from modelweld.validation.adapters import other_base
 from modelweld.validation.checkpoints import Subject, checkpoint_tables, twins
 from modelweld.validation.expectations import check
 from modelweld.validation.fingerprint import Tokenizing, label_names, tokenizing
@@ -70,32 +74,48 @@ class _Inspection:
     lock: Lock | None
     tables: list[Table] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
-    models: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, Checkpoint | Adapter] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizers: dict[str, Tokenizing] = field(default_factory=dict)
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def open_models(self, opened: ExitStack) -> None:
-        """Open what can be opened, without believing that it belongs together."""
+        """Open what can be opened, without believing that it belongs together; the base first, for adapters of it."""
         with_tasks = {task.model for task in self.params.tasks.values()}
-        for name in self.params.models:
+        for name in sorted(self.params.models, key=lambda name: name != BASE):
             folder = self.root / "models" / name
             try:
-                # Pickles were rewritten when they were fetched: whatever is one now was put here by somebody else.
-                checkpoint = opened.enter_context(Checkpoint.open(folder))
-                config = checkpoint.config
-                tokens = tokenizing(folder)
-                if name in with_tasks:
-                    self.labels[name] = label_names(config, str(folder / "config.json"))
+                if name != BASE and is_adapter(folder):
+                    self._open_adapter(name, folder, opened)
+                else:
+                    # Pickles were rewritten when they were fetched: one that is there now was put there by somebody.
+                    checkpoint = opened.enter_context(Checkpoint.open(folder))
+                    self._keep(name, checkpoint, checkpoint.config, tokenizing(folder))
+                if name in with_tasks and name in self.models:
+                    self.labels[name] = label_names(self.configs[name], str(folder / "config.json"))
             except CheckpointError as error:
                 self._note(f"model:{name}", error)
-            else:
-                self.models[name], self.tokenizers[name] = checkpoint, tokens
+                self.models.pop(name, None)
+
+    def _open_adapter(self, name: str, folder: Path, opened: ExitStack) -> None:
+        base = self.models.get(BASE)
+        if not isinstance(base, Checkpoint):
+            return
+        adapter = Adapter.open(folder, base, name)
+        opened.enter_context(adapter.checkpoint)
+        own = tokenizing(folder)
+        config = adapter.config_on(base) if adapter.alignment.head else adapter.checkpoint.config or base.config
+        self._keep(name, adapter, config, own if own.vocabulary is not None else self.tokenizers[BASE])
+
+    def _keep(self, name: str, model: Checkpoint | Adapter, config: dict[str, Any], tokens: Tokenizing) -> None:
+        self.models[name], self.configs[name], self.tokenizers[name] = model, config, tokens
 
     def measure(self, folder: Path) -> None:
         """Make the tables of every model that can be laid beside the base; without a base there is nothing to say."""
-        if BASE not in self.models:
+        base = self.models.get(BASE)
+        if not isinstance(base, Checkpoint):
             return
-        base, experts = self.models[BASE], {name: model for name, model in self.models.items() if name != BASE}
+        experts = {name: model for name, model in self.models.items() if name != BASE}
         while True:
             try:
                 with _progress(sum(info.nbytes for info in base.tensors.values())) as advance:
@@ -183,14 +203,28 @@ class _Inspection:
         }
 
     def _subject(self, name: str, inventory: Inventory) -> Subject:
+        model = self.models[name]
         return Subject(
             name=name,
             path=f"models/{name}",
-            config=self.models[name].config,
+            config=self.configs[name],
             tokenizing=self.tokenizers[name],
             inventory=inventory,
             labels=self.labels.get(name),
+            other_base=self._other_base(model) if isinstance(model, Adapter) else None,
+            folded_rank=self._folded_rank(name, model) if isinstance(model, Checkpoint) else None,
         )
+
+    def _other_base(self, adapter: Adapter) -> str | None:
+        pin = self.lock.pinned.get(f"model-{BASE}") if self.lock is not None else None
+        addresses = [self.params.models[BASE].uri, *([pin.uri, pin.resolved] if pin is not None else [])]
+        return other_base(adapter.config.get("base_model_name_or_path"), addresses)
+
+    def _folded_rank(self, name: str, model: Checkpoint) -> int | None:
+        base = self.models[BASE]
+        if name == BASE or not isinstance(base, Checkpoint):
+            return None
+        return folded_rank(base, model, correspond(base, model).names)
 
     def _note(self, subject: str, error: ModelweldError, prefix: str = "") -> None:
         """Keep an error as a finding. Paths inside the root only: the gate file is the same wherever the run stood."""

@@ -17,7 +17,11 @@ __all__ = ["Subject", "checkpoint_tables", "twins"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What was read of one model. `labels` are its head's classes, None when no task uses its head."""
+    """What was read of one model. `labels` are its head's classes, None when no task uses its head.
+
+    `other_base` is the base that an adapter names when that is not this project's, `folded_rank` the rank of the
+    adapter that a half-precision model seems to be.
+    """
 
     name: str
     path: str
@@ -25,6 +29,8 @@ class Subject:
     tokenizing: Tokenizing
     inventory: Inventory
     labels: tuple[str, ...] | None = None
+    other_base: str | None = None
+    folded_rank: int | None = None
 
 
 def twins(experts: Mapping[str, Inventory]) -> dict[str, str]:
@@ -63,6 +69,8 @@ def checkpoint_tables(
         "relative_delta": inventory.relative_delta,
         "changed_share": inventory.changed_share,
         "twin": twin,
+        "other_base": model.other_base,
+        "folded_rank": model.folded_rank,
         "head_rows": _head_rows(inventory, model.labels),
         "head_labels": None if model.labels is None else len(model.labels),
     }

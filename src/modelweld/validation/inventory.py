@@ -6,7 +6,6 @@ sketch of 64 columns are kept, and the base is read once however many experts th
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,23 +13,30 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas
 import torch
 from blake3 import blake3
-from torch import Tensor
 
 from modelweld.checkpoints import Checkpoint, TensorInfo
-from modelweld.checkpoints.alignment import Correspondence, correspond
-from modelweld.checkpoints.buffers import bytes_of
+from modelweld.checkpoints.adapter import Adapter
+from modelweld.checkpoints.alignment import Correspondence, align, correspond, has_task_head
+from modelweld.validation.adapters import FactorDelta
+from modelweld.validation.measures import (
+    RANK_TOLERANCE,
+    Delta,
+    Measure,
+    chunks,
+    dtype_class,
+    dtype_of,
+    is_real,
+    measured,
+    read_chunk,
+    shape_of,
+)
 
 __all__ = ["COLUMNS", "Inventory", "take_inventory"]
 
-CHUNK = 1 << 16
 WORKERS = 8
-SKETCH_COLUMNS = 64
-SKETCH_LIMIT = 1 << 26
-RANK_TOLERANCE = 1e-2
 
 COLUMNS = {
     "name": "object",
@@ -44,6 +50,7 @@ COLUMNS = {
     "base_dtype_class": "object",
     "finite_share": "float64",
     "norm": "float64",
+    "delta_norm": "float64",
     "relative_delta": "float64",
     "matrix_delta": "float64",
     "changed_share": "float64",
@@ -71,40 +78,46 @@ class Inventory:
 
 
 def take_inventory(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], advance: Callable[[int], object] = lambda _: None
+    base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], advance: Callable[[int], object] = lambda _: None
 ) -> tuple[Inventory, dict[str, Inventory]]:
     """The inventories of the base and of every expert; `advance` is told the bytes of the base as they are done.
 
+    An adapter has a row for each weight it adapts, measured in its factors, and for each tensor it stores whole.
+
     Raises CheckpointError when a file cannot be read to its end.
     """
-    surveys = {name: _Survey(checkpoint, correspond(base, checkpoint)) for name, checkpoint in experts.items()}
+    surveys = {name: _survey(model, base) for name, model in experts.items()}
     own = _Survey(base, Correspondence({}, (), (), ()))
     tensors = sorted(base.tensors.values(), key=lambda item: item.name)
 
-    def compare(info: TensorInfo) -> tuple[_Measure, dict[str, _Delta]]:
-        measure, deltas = _Measure(info), {}
+    def compare(info: TensorInfo) -> tuple[Measure, dict[str, Delta], dict[str, FactorDelta]]:
+        measure, deltas = Measure(info), {}
         for name, survey in surveys.items():
             stored = survey.names.names.get(info.name)
             if stored is not None and _comparable(survey.checkpoint.tensors[stored], info):
-                deltas[name] = _Delta(survey.checkpoint.tensors[stored])
-        for start, reference in _chunks(base, info):
+                deltas[name] = Delta(survey.checkpoint.tensors[stored])
+        for start, reference in chunks(base, info):
             exact = reference.double()
             squares = measure.add(exact)
             for name, delta in deltas.items():
-                mine = _read(surveys[name].checkpoint, delta.info, start, reference.numel())
+                mine = read_chunk(surveys[name].checkpoint, delta.info, start, reference.numel())
                 delta.add_beside(mine, reference, exact, squares)
             advance(reference.nbytes)
         for delta in deltas.values():
             delta.finish()
-        return measure, deltas
+        factors = {name: survey.factors_of(info) for name, survey in surveys.items()}
+        return measure, deltas, {name: found for name, found in factors.items() if found is not None}
 
     # A chunk is far too small to be shared among threads, whole tensors are not; and a sum taken by one thread does
     # not depend on how many there are.
     with _one_thread_an_operation(), ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), initializer=_alone) as pool:
-        for info, (measure, deltas) in zip(tensors, pool.map(compare, tensors), strict=True):
+        for measure, deltas, factors in pool.map(compare, tensors):
             own.rows.append(measure.row("backbone", None))
             for name, survey in surveys.items():
-                survey.settle(info, deltas.get(name))
+                if name in factors:
+                    survey.settle_factors(measure, factors[name])
+                else:
+                    survey.settle(measure, deltas.get(name))
         for survey in surveys.values():
             survey.measure_rest()
     return own.inventory(compared=False), {name: survey.inventory() for name, survey in surveys.items()}
@@ -124,111 +137,57 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-class _Measure:
-    """Running sums over one tensor."""
-
-    def __init__(self, info: TensorInfo) -> None:
-        self.info = info
-        self.finite = 0
-        self.squares = 0.0
-
-    def add(self, values: Tensor) -> float:
-        """Take a flat float64 chunk into the sums; the sum of its squares."""
-        squares = float(torch.dot(values, values))
-        # The sum of squares is finite only when every element is, which nearly always spares the count.
-        finite = values.numel() if math.isfinite(squares) else int(torch.isfinite(values).sum())
-        self.finite += finite
-        self.squares += squares
-        return squares
-
-    def row(self, role: str, base: TensorInfo | None) -> dict[str, object]:
-        count, real = self.info.elements, _is_real(self.info)
-        return {
-            "name": self.info.name,
-            "role": role,
-            "shape": _shape(self.info),
-            "base_shape": base and _shape(base),
-            "dimensions": len(self.info.shape),
-            "dtype": _dtype(self.info),
-            "base_dtype": base and _dtype(base),
-            "dtype_class": _dtype_class(self.info),
-            "base_dtype_class": base and _dtype_class(base),
-            "finite_share": (self.finite / count if count else 1.0) if real else math.nan,
-            "norm": math.sqrt(self.squares) if real else math.nan,
-            "relative_delta": math.nan,
-            "matrix_delta": math.nan,
-            "changed_share": math.nan,
-            "delta_rank": math.nan,
-        }
-
-
-class _Delta(_Measure):
-    """Running sums over an expert's tensor and its difference from the base's."""
-
-    def __init__(self, info: TensorInfo) -> None:
-        super().__init__(info)
-        self.delta_squares = 0.0
-        self.base_squares = 0.0
-        self.changed = 0
-        self.sketched = len(info.shape) == 2 and 0 < info.elements <= SKETCH_LIMIT
-        self.sketch: list[Tensor] = []
-        self.rank = math.nan
-        self.digest = blake3()
-
-    def add_beside(self, mine: Tensor, reference: Tensor, exact: Tensor, squares: float) -> None:
-        """Take a chunk and the base's: as stored (`reference`), in float64 (`exact`), and the sum of its squares."""
-        values = mine.double()
-        self.digest.update(bytes_of(values))
-        self.add(values)
-        delta = values - exact
-        self.delta_squares += float(torch.dot(delta, delta))
-        self.base_squares += squares
-        rounded = exact if mine.dtype == reference.dtype else reference.to(mine.dtype).double()
-        self.changed += int(torch.count_nonzero(values != rounded))
-        if self.sketched:
-            columns = self.info.shape[1]
-            self.sketch.append(delta.reshape(-1, columns).float() @ _directions(columns))  # (rows, SKETCH_COLUMNS)
-
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.delta_squares / self.base_squares) if self.base_squares > 0 else math.nan
-
-    def finish(self) -> None:
-        """Estimate the rank: how many singular values of the sketched delta exceed a hundredth of the largest."""
-        if not self.sketch or not math.isfinite(self.delta_squares):
-            return
-        sketch = torch.cat(self.sketch).double()  # (n, SKETCH_COLUMNS)
-        self.sketch.clear()
-        squares = torch.linalg.eigvalsh(sketch.T @ sketch)  # singular values squared, ascending
-        largest = float(squares[-1])
-        above = int((squares > largest * RANK_TOLERANCE**2).sum()) if largest > 0 else 0
-        self.rank = float(min(above, *self.info.shape))
-
-    def row(self, role: str, base: TensorInfo | None) -> dict[str, object]:
-        changed = self.changed / self.info.elements if self.info.elements else 0.0
-        return super().row(role, base) | {
-            "relative_delta": self.relative,
-            "matrix_delta": self.relative if len(self.info.shape) >= 2 else math.nan,
-            "changed_share": changed,
-            "delta_rank": self.rank,
-        }
+def _survey(model: Checkpoint | Adapter, base: Checkpoint) -> _Survey:
+    if not isinstance(model, Adapter):
+        return _Survey(model, correspond(base, model))
+    whole = {name: model.alignment.names[name] for name in model.touched - model.pairs.keys()}
+    return _Survey(model.checkpoint, Correspondence(whole, model.alignment.head, (), ()), adapter=model, base=base)
 
 
 @dataclass
 class _Survey:
-    """What has been measured of one checkpoint so far."""
+    """What has been measured of one model so far; `adapter`, `base` and its sums are there when it is an adapter."""
 
     checkpoint: Checkpoint
     names: Correspondence
+    adapter: Adapter | None = None
+    base: Checkpoint | None = None
     rows: list[dict[str, object]] = field(default_factory=list)
     digest: blake3 = field(default_factory=blake3)
-    deltas: list[_Delta] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
+    factors: list[FactorDelta] = field(default_factory=list)
+    beside: list[Measure] = field(default_factory=list)
     whole: bool = True
 
-    def settle(self, base: TensorInfo, delta: _Delta | None) -> None:
+    def factors_of(self, info: TensorInfo) -> FactorDelta | None:
+        """What an adapter's factors say of a base tensor; None for a whole model, and for what it does not adapt."""
+        if self.adapter is None or info.name not in self.adapter.pairs:
+            return None
+        return FactorDelta(self.adapter, info, RANK_TOLERANCE)
+
+    def settle_factors(self, measure: Measure, delta: FactorDelta) -> None:
+        """Write down the row of an adapted base tensor."""
+        base, norm = measure.info, math.sqrt(delta.squares)
+        relative = norm / math.sqrt(measure.squares) if measure.squares > 0 else math.nan
+        self.digest.update(f"{base.name} {shape_of(base)}\n".encode() + delta.digest)
+        self.factors.append(delta)
+        self.beside.append(measure)
+        row: dict[str, object] = dict.fromkeys(COLUMNS)
+        row |= {"name": base.name, "role": "backbone", "dimensions": len(base.shape)}
+        # Factors are kept in more digits than their base on purpose: their dtype is not compared, but its class is.
+        row |= {"dtype": str(delta.dtype).removeprefix("torch."), "dtype_class": "float"}
+        row |= {"shape": shape_of(base), "base_shape": shape_of(base), "base_dtype_class": dtype_class(base)}
+        row |= {"finite_share": delta.finite_share, "delta_norm": norm, "delta_rank": delta.rank}
+        row |= {"relative_delta": relative, "matrix_delta": relative, "changed_share": delta.changed / base.elements}
+        self.rows.append(row)
+
+    def settle(self, measure: Measure, delta: Delta | None) -> None:
         """Write down the row of a base tensor that all chunks of were seen."""
+        base = measure.info
+        if self.adapter is not None and base.dtype.is_floating_point:
+            self.beside.append(measure)
         stored = self.names.names.get(base.name)
-        self.digest.update(f"{base.name} {_shape(base)}\n".encode())
+        self.digest.update(f"{base.name} {shape_of(base)}\n".encode())
         if delta is not None:
             self.digest.update(delta.digest.digest())
             self.rows.append(delta.row("backbone", base))
@@ -236,7 +195,7 @@ class _Survey:
                 self.deltas.append(delta)
         elif stored is not None:
             self.whole = False
-            self.rows.append(_measured(self.checkpoint, self.checkpoint.tensors[stored]).row("backbone", base))
+            self.rows.append(measured(self.checkpoint, self.checkpoint.tensors[stored]).row("backbone", base))
         elif base.name in self.names.missing:
             self.whole = False
             self.rows.append(_absent(base))
@@ -244,84 +203,62 @@ class _Survey:
     def measure_rest(self) -> None:
         """Measure what has no counterpart: the head, extra tensors, and buffers that the base does not keep."""
         used = set(self.names.names.values())
-        for name, info in sorted(self.checkpoint.tensors.items()):
+        # An adapter's checkpoint also holds the base's tensors and the factors.
+        rest = self.names.head if self.adapter is not None else self.checkpoint.tensors.keys() - used
+        for name, info in sorted((name, self.checkpoint.tensors[name]) for name in rest):
             if name not in used:
                 role = "head" if name in self.names.head else "extra" if name in self.names.extra else "ignored"
-                self.rows.append(_measured(self.checkpoint, info).row(role, None))
+                self.rows.append(measured(self.checkpoint, info).row(role, None))
 
     def inventory(self, compared: bool = True) -> Inventory:
-        tensors = self.checkpoint.tensors
         frame = pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(COLUMNS).sort_values("name")
-        matrices = [delta for delta in self.deltas if len(delta.info.shape) >= 2] or self.deltas
-        sound = [delta for delta in matrices if math.isfinite(delta.delta_squares + delta.base_squares)]
-        reference = math.fsum(delta.base_squares for delta in sound)
-        moved = math.fsum(delta.delta_squares for delta in sound)
-        elements = sum(delta.info.elements for delta in self.deltas)
+        reference, moved, elements = self._sums()
+        changed = sum(delta.changed for delta in self.deltas) + sum(delta.changed for delta in self.factors)
         return Inventory(
             frame=frame.reset_index(drop=True),
-            parameters=sum(info.elements for info in tensors.values()),
+            parameters=sum(info.elements for info in self._own()),
             relative_delta=math.sqrt(moved / reference) if compared and reference > 0 else None,
-            changed_share=sum(delta.changed for delta in self.deltas) / elements if compared and elements else None,
+            changed_share=changed / elements if compared and elements else None,
             backbone=self.digest.hexdigest() if compared and self.whole else None,
-            head_shapes=tuple(tensors[name].shape for name in self.names.head),
+            head_shapes=self._head_shapes(),
         )
 
+    def _sums(self) -> tuple[float, float, int]:
+        """Squared norms of the base and of the deltas, over matrices; and of how many elements deltas were looked for.
 
-def _measured(checkpoint: Checkpoint, info: TensorInfo) -> _Measure:
-    measure = _Measure(info)
-    if _is_real(info):
-        for _, values in _chunks(checkpoint, info):
-            measure.add(values.double())
-    return measure
+        An adapter leaves most of the base alone, which counts all the same.
+        """
+        matrices = [delta for delta in self.deltas if len(delta.info.shape) >= 2]
+        matrices = matrices or (self.deltas if self.adapter is None else [])
+        sound = [delta for delta in matrices if math.isfinite(delta.delta_squares + delta.base_squares)]
+        moved = math.fsum(delta.delta_squares for delta in sound)
+        if self.adapter is None:
+            reference = math.fsum(delta.base_squares for delta in sound)
+            return reference, moved, sum(delta.info.elements for delta in self.deltas)
+        moved += math.fsum(delta.squares for delta in self.factors if math.isfinite(delta.squares))
+        squares = [beside.squares for beside in self.beside if len(beside.info.shape) >= 2]
+        reference = math.fsum(value for value in squares if math.isfinite(value))
+        return reference, moved, sum(beside.info.elements for beside in self.beside)
+
+    def _own(self) -> list[TensorInfo]:
+        tensors = self.checkpoint.tensors
+        if self.adapter is None:
+            return list(tensors.values())
+        factors = [name for pair in self.adapter.pairs.values() for name in (pair.A, pair.B)]
+        return [tensors[name] for name in {*factors, *self.names.names.values(), *self.names.head}]
+
+    def _head_shapes(self) -> tuple[tuple[int, ...], ...]:
+        tensors, head = self.checkpoint.tensors, self.names.head
+        if self.base is not None and not head and has_task_head(self.base):
+            head = align(self.base, self.base, "base").head
+        return tuple(tensors[name].shape for name in head)
 
 
 def _absent(base: TensorInfo) -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(COLUMNS)
     row |= {"name": base.name, "role": "missing", "dimensions": len(base.shape)}
-    return row | {"base_shape": _shape(base), "base_dtype": _dtype(base), "base_dtype_class": _dtype_class(base)}
-
-
-def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
-    """The tensor's elements in order, flat, with the index of the first; matrices in whole rows."""
-    if not _is_real(info):
-        return
-    columns = info.shape[1] if len(info.shape) == 2 else 1
-    step = max(1, CHUNK // max(1, columns)) * columns
-    for start in range(0, info.elements, step or 1):
-        yield start, _read(checkpoint, info, start, min(step, info.elements - start))
-
-
-def _read(checkpoint: Checkpoint, info: TensorInfo, start: int, count: int) -> Tensor:
-    raw = torch.empty(count * info.dtype.itemsize, dtype=torch.uint8)
-    checkpoint.read_into(info.name, start * info.dtype.itemsize, bytes_of(raw))
-    return raw.view(info.dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _directions(columns: int) -> Tensor:
-    """The fixed random directions (columns, SKETCH_COLUMNS) that a matrix of so many columns is looked at from."""
-    return torch.from_numpy(np.random.default_rng(columns).standard_normal((columns, SKETCH_COLUMNS), dtype=np.float32))
+    return row | {"base_shape": shape_of(base), "base_dtype": dtype_of(base), "base_dtype_class": dtype_class(base)}
 
 
 def _comparable(info: TensorInfo, base: TensorInfo) -> bool:
-    return info.shape == base.shape and _is_real(base) and _dtype_class(info) == _dtype_class(base)
-
-
-def _is_real(info: TensorInfo) -> bool:
-    return not info.dtype.is_complex
-
-
-def _shape(info: TensorInfo) -> str:
-    return "×".join(map(str, info.shape)) or "scalar"
-
-
-def _dtype(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
-
-
-def _dtype_class(info: TensorInfo) -> str:
-    if info.dtype.is_complex:
-        return "complex"
-    if info.dtype.is_floating_point:
-        return "float" if info.dtype.itemsize > 1 else "float8"
-    return "bool" if info.dtype == torch.bool else "integer"
+    return info.shape == base.shape and is_real(base) and dtype_class(info) == dtype_class(base)
