@@ -1,0 +1,107 @@
+"""The loop of zipping as machine code: take the most similar pair, merge it, mend what that touched, and again.
+
+A pair (low, high) is looked for in the row of its lower unit. For every row the greatest entry is known, or, once its
+partner was merged away, a bound on it: such a row is searched anew only when no other row can be greater.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modelweld.compiling import compiled
+
+GONE = np.float32(-np.inf)
+UNKNOWN = -1
+
+
+@compiled
+def merge_greedily(
+    matrix: Any, bound: Any, model_of: Any, left: Any, inside: Any, owner: Any, alive: Any, values: Any
+) -> int:
+    """How many of `len(values)` merges were made; fewer where no pair was left.
+
+    `matrix` (units, units) has -inf on its diagonal, no entry of a row exceeds its `bound`, `left` is how often each
+    model may still merge two of its own units. All arrays are changed in place: `owner[u]` is what u was merged into,
+    and of `alive`, at first every unit in order, the first len(matrix) - merges entries are left.
+    """
+    partner = np.full(len(matrix), UNKNOWN)
+    living = len(alive)
+    for step in range(len(values)):
+        low = _best_row(matrix, bound, partner, alive[:living])
+        if bound[low] == GONE:
+            return step
+        values[step], high = bound[low], partner[low]
+        owner[high] = low
+        _join(matrix, bound, partner, alive[:living], low, high, inside)
+        living -= 1
+        model = model_of[low]
+        if model == model_of[high]:
+            left[model] -= 1
+            if left[model] <= 0:
+                _forbid(matrix, partner, alive[:living], model_of, model)
+    return len(values)
+
+
+@compiled
+def _best_row(matrix: Any, bound: Any, partner: Any, alive: Any) -> Any:
+    """The first row whose greatest entry no other exceeds."""
+    while True:
+        best = alive[0]
+        for unit in alive[1:]:
+            if bound[unit] > bound[best]:
+                best = unit
+        if partner[best] != UNKNOWN or bound[best] == GONE:
+            return best
+        most = GONE
+        for place in range(len(alive) - 1, -1, -1):
+            unit = alive[place]
+            if unit == best:
+                break
+            # From the end: of equal entries the first one stays.
+            if matrix[best, unit] >= most:
+                most = matrix[best, unit]
+                partner[best] = unit
+        bound[best] = most
+
+
+@compiled
+def _join(matrix: Any, bound: Any, partner: Any, alive: Any, low: Any, high: Any, inside: Any) -> None:
+    """Put `high` into `low` and take it out of `alive`, whose last entry is then free."""
+    kept, most, found = 0, GONE, UNKNOWN
+    for unit in alive:
+        if unit == high:
+            continue
+        alive[kept] = unit
+        kept += 1
+        if unit == low:
+            continue
+        least = min(matrix[low, unit], matrix[high, unit])
+        joined = least if least == GONE else least * inside
+        matrix[low, unit] = joined
+        matrix[unit, low] = joined
+        if unit > low:
+            if joined > most:
+                most, found = joined, unit
+            if partner[unit] == high:
+                partner[unit] = UNKNOWN
+        elif joined > bound[unit]:
+            bound[unit] = joined
+            partner[unit] = low
+        elif partner[unit] == low or partner[unit] == high:
+            partner[unit] = UNKNOWN
+        elif joined == bound[unit] and low < partner[unit]:
+            partner[unit] = low
+    bound[low], partner[low] = most, found
+
+
+@compiled
+def _forbid(matrix: Any, partner: Any, alive: Any, model_of: Any, model: Any) -> None:
+    """Let no two units of one model merge."""
+    for unit in alive:
+        if model_of[unit] == model:
+            partner[unit] = UNKNOWN
+            for other in alive:
+                if model_of[other] == model:
+                    matrix[unit, other] = GONE
