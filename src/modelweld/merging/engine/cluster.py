@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import pickle
+import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from modelweld.merging.engine.plan import TensorPlan
 from modelweld.merging.engine.sharing import Made, Share, Task, make_share
 from modelweld.merging.engine.watching import Watcher
 
+_ANSWER_S = 10.0
 _HOSTS_LOST = 2  # how often a shard is begun again because its host went away
 
 
@@ -35,7 +37,7 @@ def make_on_cluster(
     memory_limit: int | None,
     watcher: Watcher,
 ) -> int:
-    """Make the pending tensors, one task a shard; the tasks' peaks of memory, in bytes.
+    """Make the pending tensors, one task a shard; what Ray's processes took at their peaks, together, in bytes.
 
     Each task has `threads` (by default its part of the cluster's cores) and may take `memory_limit`. The first error of
     any cancels the others and is raised here; ExternalError for a cluster that does not answer or gives a task up, and
@@ -44,7 +46,7 @@ def make_on_cluster(
     shards: dict[str, list[TensorPlan]] = {}
     for tensor in pending:
         shards.setdefault(outputs[0].slots[tensor.name].file, []).append(tensor)
-    peak = 0
+    peaks: dict[str, int] = {}
     with _cluster(placement.ray or "") as ray:
         each = threads or _cores(ray, len(shards))
         run = ray.remote(num_cpus=each, num_gpus=int(placement.kind == "cuda"), max_retries=_HOSTS_LOST)(_shard)
@@ -57,29 +59,31 @@ def make_on_cluster(
         try:
             while running:
                 for done in ray.wait(list(running))[0]:
-                    made, task_peak = ray.get(done)
+                    made, worker, peak = ray.get(done)
                     for number, entry in made:
                         outputs[number].record(entry)
                     for tensor in running.pop(done):
                         watcher.advance(tensor.read_bytes)
                         watcher.finished(tensor.name)
-                    peak += task_peak
+                    peaks[worker] = peak
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
     for output in outputs:
         output.require_arrived(placement.threads_each(threads))
-    return peak
+    return sum(peaks.values())
 
 
-def _shard(told: bytes, share: Share) -> tuple[Made, int]:
-    """What a Ray task does: the records of its shard, and its peak of memory."""
+def _shard(told: bytes, share: Share) -> tuple[Made, str, int]:
+    """What a Ray task does: the records of its shard, which process made it, and that one's peak of memory so far."""
+    import ray
+
     task: Task = pickle.loads(told)  # noqa: S301 - from the process that began this task
     # Two attempts at a shard may overlap when a host only seemed gone: each writes in a journal of its own.
     own = replace(share, device=resolve_device(str(share.device)), journal=f"{share.journal}.{uuid.uuid4().hex}")
     kept = _Kept()
     make_share(task, own, kept, sync=True)
-    return kept.entries, peak_resident()
+    return kept.entries, ray.get_runtime_context().get_worker_id(), peak_resident()
 
 
 class _Kept:
@@ -99,7 +103,11 @@ class _Kept:
 @contextlib.contextmanager
 def _cluster(address: str) -> Iterator[Any]:
     """Ray, connected; one that this merge has connected or started is let go at the end. Its errors become ours."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # A cluster that is started here is for this host. So Ray calls, when it is imported, not listening to others.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
@@ -125,17 +133,18 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    how = {} if address else {"include_dashboard": False}
+    host, colon, port = address.rpartition(":")
     try:
-        if address or os.environ.get("RAY_ADDRESS"):
-            ray.init(address or None, **quiet)
-        else:
-            # On its own, a cluster is for this host: nothing of it listens on the network.
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "executor"
+        if colon and "://" not in address and port.isdecimal():
+            # Ray itself asks for minutes, aloud.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **how)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ExternalError(
-            f"Ray does not answer: {' '.join(str(error).split())}", where=where, mend="`ray status` says what runs"
+            f"Ray does not answer: {' '.join(str(error).split())}",
+            where=address or "executor",
+            mend="`ray status` says what runs",
         ) from error
 
 
