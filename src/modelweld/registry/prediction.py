@@ -98,7 +98,7 @@ def _texts(rows: Any) -> list[str]:
 def _device() -> str:
     import torch
 
-    wanted = os.environ.get("MODELWELD_DEVICE", "auto")
+    wanted = (os.environ.get("MODELWELD_DEVICE") or "auto").partition(",")[0]
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"

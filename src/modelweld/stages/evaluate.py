@@ -293,7 +293,8 @@ def _classes(model: Path, task: str | None = None, base: Path | None = None) -> 
 
 
 def _settings(max_length: int, how: Evaluate) -> Settings:
-    device = choose_device(os.environ.get("MODELWELD_DEVICE") or "auto")
+    # A merge takes all devices of a list, one process each; an evaluation is one process.
+    device = choose_device((os.environ.get("MODELWELD_DEVICE") or "auto").partition(",")[0])
     return Settings(max_length, how.batch_tokens, device, how.precision)
 
 
