@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modelweld.errors import MergeError
 from modelweld.merging.chance import LEVELS, draws, stream_keys
-from modelweld.merging.election import blocks, elect_overwriting, weighted_sum
+from modelweld.merging.election import elect_overwriting, weighted_sum
 from modelweld.merging.operands import Weights, shares, stacked
 
 
@@ -36,16 +36,18 @@ def merge(
         raise MergeError(f"{len(keys)} random streams for {count} models", mend="give each expert's digest")
     if not 0 <= drop_rate < 1 or combine not in ("linear", "ties"):
         raise MergeError(f"drop_rate {drop_rate}, combine {combine!r}", mend="a share below 1; linear or ties")
-    dropped = min(round(drop_rate * LEVELS), LEVELS - 1)
-    factor = LEVELS / (LEVELS - dropped) if rescale else 1.0
+    level, factor = dropping(drop_rate, rescale=rescale)
     c = shares(weights, deltas)
     flat = deltas.reshape(count, -1)  # (N, L)
-    merged = torch.empty_like(flat[0])
-    for start, stop in blocks(flat.shape[1], count, flat):
-        kept = torch.empty_like(flat[:, start:stop], memory_format=torch.contiguous_format)
-        for row, delta, key in zip(kept, flat[:, start:stop], keys, strict=True):
-            chance = draws(key, offset + start, stop - start, flat.device)
-            torch.ge(chance, dropped - LEVELS // 2, out=row).mul_(delta)
-        kept.mul_(factor)
-        merged[start:stop] = weighted_sum(kept, c) if combine == "linear" else elect_overwriting(kept, c)
-    return merged.reshape(deltas.shape[1:])
+    kept = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    for row, delta, key in zip(kept, flat, keys, strict=True):
+        chance = draws(key, offset, flat.shape[1], flat.device)
+        torch.ge(chance, level, out=row).mul_(delta)
+    merged = weighted_sum(kept, c) if combine == "linear" else elect_overwriting(kept, c)
+    return merged.mul_(factor).reshape(deltas.shape[1:])
+
+
+def dropping(drop_rate: float, *, rescale: bool) -> tuple[int, float]:
+    """The least draw that keeps an entry, and what the kept ones are multiplied by."""
+    dropped = min(round(drop_rate * LEVELS), LEVELS - 1)
+    return dropped - LEVELS // 2, LEVELS / (LEVELS - dropped) if rescale else 1.0

@@ -1,28 +1,33 @@
-"""TIES over a stream: what it has to know of a whole tensor, found in passes over chunks, exactly.
+"""TIES over a stream: what it has to know of a whole tensor, found in one pass over its chunks, exactly.
 
 A tensor's trim thresholds and its majority sign depend on every entry, but nothing else does: with both known, any
-chunk is merged by itself. So a tensor is read up to three times, from the page cache, and never held.
+chunk is merged by itself. So a tensor is read twice, the second time from the page cache, and never held.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from modelweld.config.methods import Ties
-from modelweld.merging.election import elect_overwriting, summed
-from modelweld.merging.operands import Weights, coefficients
-from modelweld.merging.selection import pruned
+from modelweld.merging.engine import kernels
+from modelweld.merging.engine.kernels import Floats
 
-Passes = Callable[[], Iterator[Tensor]]
+Passes = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What TIES has to know of a whole tensor: each model's trim threshold `(N,)` and the majority's sign."""
+
+    thresholds: Floats
+    vote: float
 
 
 def sample_starts(elements: int) -> list[int]:
@@ -33,61 +38,74 @@ def sample_starts(elements: int) -> list[int]:
     return [round(number * last / (SAMPLE_BLOCKS - 1)) for number in range(SAMPLE_BLOCKS)]
 
 
-def trim_thresholds(passes: Passes, sample: Tensor, elements: int, density: float) -> Tensor:
-    """`(N,)`: each model's exact threshold, as `selection.magnitude_threshold` of the whole tensor.
+def survey(passes: Passes, sample: Tensor, elements: int, density: float) -> Survey:
+    """The thresholds, exact as `selection.magnitude_threshold` of the whole tensor, and what most entries elect.
 
-    `passes()` yields the tensor's chunks `(N, n)`, `sample` `(N, s)` brackets the answers: one pass counts what lies
-    below a bracket and keeps the few entries inside; a bracket that missed is widened, for another pass.
+    `passes()` yields a tensor's chunks: the experts' `(N, n)` and the base's `(n,)`; `sample` `(N, s)` are task vectors
+    that bracket the thresholds. One pass counts what lies below a bracket and keeps the few entries inside; outside it
+    is certain what will be trimmed, so that the same pass counts the votes there, and those inside are counted when the
+    thresholds are known. A bracket that missed is widened, for another pass.
     """
-    rank = elements - round(elements * density)
-    if rank <= 0:
-        return torch.zeros(sample.shape[0], dtype=sample.dtype)
-    brackets = np.sort(np.abs(sample.numpy()), axis=1)  # (N, s)
-    answers: dict[int, float] = {}
-    share, size = rank / elements, brackets.shape[1]
+    # Rank 1 stands for 0 as well: the smallest magnitude as a threshold trims nothing either.
+    rank = max(elements - round(elements * density), 1)
+    magnitudes = np.sort(np.abs(sample.numpy()), axis=1)  # (N, s)
+    share = rank / elements
     # Neighbouring entries are alike, so a sample of blocks is worth less than one of single entries.
-    margin = 8 * math.sqrt(share * (1 - share) / size) + 2 / size
-    while len(answers) < len(brackets):
-        open_models = [index for index in range(len(brackets)) if index not in answers]
-        low = {i: float(brackets[i][int((share - margin) * size)]) if share > margin else -1.0 for i in open_models}
-        top = {
-            i: float(brackets[i][int((share + margin) * size)]) if share + margin < 1 else math.inf for i in open_models
-        }
-        below = dict.fromkeys(open_models, 0)
-        inside: dict[int, list[NDArray[np.floating]]] = {index: [] for index in open_models}
-        for stack in passes():
-            for index in open_models:
-                entries = np.abs(stack[index].numpy())
-                between = entries >= low[index]
-                below[index] += entries.size - int(np.count_nonzero(between))
-                # Selecting by a sparse mask is three times faster than by a dense one and then again.
-                between &= entries <= top[index]
-                inside[index].append(entries[between])
-        for index in open_models:
-            kept, position = np.concatenate(inside[index]), rank - below[index]
-            if 1 <= position <= kept.size:
-                answers[index] = float(np.partition(kept, position - 1)[position - 1])
+    margin = 8 * math.sqrt(share * (1 - share) / magnitudes.shape[1]) + 2 / magnitudes.shape[1]
+    while True:
+        found = _Pass(magnitudes, share, margin)
+        for stack, origin in passes():
+            found.take(stack.numpy(), origin.numpy())
+        known = found.survey(rank)
+        if known is not None:
+            return known
         margin *= 8
-    return torch.tensor([answers[index] for index in range(len(brackets))], dtype=sample.dtype)
 
 
-def majority(passes: Passes, thresholds: Tensor) -> Tensor:
-    """The sign (0-d) that most entries of the trimmed tensor elect."""
-    votes = 0
-    for stack in passes():
-        votes += int(summed(trim(stack, thresholds)).sign_().sum(dtype=torch.float64))
-    return torch.tensor(float(votes), dtype=thresholds.dtype).sign()
+class _Pass:
+    """One pass over a tensor with a bracket [low, high), from its sampled magnitudes, for each model's threshold."""
+
+    def __init__(self, magnitudes: Floats, share: float, margin: float) -> None:
+        count, size = magnitudes.shape
+        infinity = magnitudes.dtype.type(math.inf)
+        self._low, self._high = np.full(count, -1, magnitudes.dtype), np.full(count, infinity)
+        if share > margin:
+            self._low[:] = magnitudes[:, int((share - margin) * size)]
+        if share + margin < 1:
+            self._high[:] = np.nextafter(magnitudes[:, int((share + margin) * size)], infinity)
+        # In half precision, or where little was trained, many entries are equal: these need only be counted.
+        self._point = np.nextafter(self._low, infinity) == self._high
+        self._sure = np.where(self._point, self._low, self._high)
+        self._counts = np.zeros((count, 2), np.int64)
+        self._votes = 0
+        self._unsure: list[Floats] = []
+        self._room = np.empty((count, 0), magnitudes.dtype)
+
+    def take(self, stack: Floats, origin: Floats) -> None:
+        """Count one chunk."""
+        if self._room.shape[1] < origin.size:
+            self._room = np.empty((len(stack), origin.size), stack.dtype)
+        votes, found = kernels.survey(stack, origin, self._low, self._high, self._sure, self._counts, self._room)
+        self._votes += votes
+        self._unsure.append(self._room[:, :found].copy())
+
+    def survey(self, rank: int) -> Survey | None:
+        """What the pass has found; None when a threshold lies outside its bracket."""
+        rest = np.concatenate(self._unsure, axis=1)  # (N, k)
+        thresholds = self._low.copy()
+        for index, (below, reached) in enumerate(self._counts.tolist()):
+            if not below < rank <= reached:
+                return None
+            if not self._point[index]:
+                sizes = np.abs(rest[index])
+                inside = sizes[(sizes >= self._low[index]) & (sizes < self._high[index])]
+                thresholds[index] = np.partition(inside, rank - below - 1)[rank - below - 1]
+        return Survey(thresholds, float(np.sign(self._votes + _votes(rest, thresholds))))
 
 
-def merge_chunk(stack: Tensor, parameters: Ties, weights: Weights, thresholds: Tensor, vote: Tensor) -> Tensor:
-    """`(n,)`: TIES of one chunk `(N, n)`, scaled."""
-    kept = trim(stack, thresholds)
-    spent = kept.clone() if kept is stack else kept
-    divisor = None if parameters.disjoint_mean else torch.full((), stack.shape[0], dtype=stack.dtype)
-    merged = elect_overwriting(spent, coefficients(weights, stack), divisor=divisor, vote=vote)
-    return merged if parameters.scale == 1.0 else merged.mul_(parameters.scale)
-
-
-def trim(stack: Tensor, thresholds: Tensor) -> Tensor:
-    """The trimmed chunk; the chunk itself where nothing is trimmed."""
-    return pruned(stack, thresholds.unsqueeze(1)) if bool(thresholds.any()) else stack
+def _votes(deltas: Floats, thresholds: Floats) -> int:
+    kept = np.where(np.abs(deltas) >= thresholds[:, None], deltas, deltas.dtype.type(0))
+    total = kept[0].copy()
+    for row in kept[1:]:
+        total += row
+    return int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))

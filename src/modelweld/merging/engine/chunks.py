@@ -1,0 +1,96 @@
+"""How a chunk is merged: by compiled loops in host memory, by the method's own function on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from modelweld.config.methods import Average, Dare, Linear, MethodParameters, Mudsc, TaskArithmetic, Ties
+from modelweld.merging import linear
+from modelweld.merging.chance import stream_keys
+from modelweld.merging.dare import dropping
+from modelweld.merging.engine import kernels
+from modelweld.merging.engine.trimming import Survey
+from modelweld.merging.operands import Weights, coefficients
+from modelweld.merging.registry import TensorContext, method
+
+# The experts' weights (N, n), the base's (n,) or an empty tensor, and where in its tensor the chunk begins, to (n,).
+Combine = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def on_device(parameters: MethodParameters, weights: Weights, context: TensorContext, device: torch.device) -> Combine:
+    """The method's own function, where `device` is; the chunk comes from host memory and its result goes there."""
+    chosen = method(parameters.method)
+
+    def combine(stack: Tensor, origin: Tensor, start: int) -> Tensor:
+        there = stack.to(device)
+        deltas = there - origin.to(device) if origin.numel() else there
+        return chosen.merge(deltas, parameters, weights, context=replace(context, offset=start)).cpu()
+
+    return combine
+
+
+def in_host_memory(
+    parameters: MethodParameters, weights: Weights, context: TensorContext, dtype: torch.dtype, known: Survey | None
+) -> Combine:
+    """The same arithmetic as `on_device`, compiled; TIES needs what was surveyed of the whole tensor."""
+    experts = torch.empty(len(context.experts), dtype=dtype)
+    shares = coefficients(weights, experts)
+    match parameters:
+        case Ties() if known is not None:
+            divisor = 0.0 if parameters.disjoint_mean else float(len(experts))
+            into = _elected(known, shares, divisor)
+        case Dare():
+            into = _dropped(parameters, shares, stream_keys(parameters.seed, context.name, context.expert_digests))
+        case TaskArithmetic():
+            into = _weighted(shares)
+        case Linear():
+            into = _weighted(linear.normalized(shares, weights) if parameters.normalize else shares)
+        case Average() | Mudsc():
+            into = _weighted(linear.normalized(torch.ones_like(experts), None))
+        case _:
+            return on_device(parameters, weights, context, torch.device("cpu"))
+    scale = parameters.scale
+
+    def combine(stack: Tensor, origin: Tensor, start: int) -> Tensor:
+        merged = torch.empty_like(stack[0])
+        into(stack, origin, start, merged)
+        return merged if scale == 1.0 else merged.mul_(scale)
+
+    return combine
+
+
+Into = Callable[[Tensor, Tensor, int, Tensor], None]
+
+
+def _weighted(shares: Tensor) -> Into:
+    def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
+        kernels.weigh(stack.numpy(), origin.numpy(), shares.numpy(), merged.numpy())
+
+    return into
+
+
+def _elected(known: Survey, shares: Tensor, divisor: float) -> Into:
+    exact = known.thresholds.dtype.type
+
+    def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
+        values = stack.numpy(), origin.numpy(), known.thresholds, shares.numpy()
+        kernels.elect(*values, exact(divisor), exact(known.vote), merged.numpy())
+
+    return into
+
+
+def _dropped(parameters: Dare, shares: Tensor, keys: Sequence[int]) -> Into:
+    level, factor = dropping(parameters.drop_rate, rescale=parameters.rescale)
+    streams = torch.tensor(keys, dtype=torch.int64).numpy().view("uint64")
+    elected = parameters.combine == "ties"
+
+    def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
+        values = stack.numpy(), origin.numpy(), streams
+        kernels.drop(*values, start, level, shares.numpy(), elected, merged.numpy())
+        merged.mul_(factor)
+
+    return into

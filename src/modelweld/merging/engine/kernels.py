@@ -1,0 +1,260 @@
+"""Element-wise methods over a chunk in host memory, in one pass of compiled loops over pieces that stay in a cache.
+
+`stack` `(N, n)` are the experts' weights, `origin` `(n,)` the base's, or empty where no base is taken off. What happens
+to an entry, and in which order, is as in the methods' own modules, so the results are equal to theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelweld.compiling import compiled
+
+Floats: TypeAlias = "NDArray[np.floating[Any]]"
+Number: TypeAlias = "float | np.floating[Any]"
+
+_PIECE = 2048  # entries of each model that are worked on at once: all of them stay in a first-level cache
+_LANES = np.uint64(4)
+_GAMMA, _MIX_1, _MIX_2 = (np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@compiled
+def weigh(stack: Floats, origin: Floats, shares: Floats, merged: Floats) -> None:
+    """Into `merged`: Σ c_i (W_i - base)."""
+    scratch = np.empty(_PIECE, stack.dtype)
+    for start in range(0, merged.size, _PIECE):
+        stop = min(start + _PIECE, merged.size)
+        total = merged[start:stop]
+        total[:] = 0
+        for index in range(len(stack)):
+            delta = _delta(stack[index, start:stop], origin[start:stop], scratch[: stop - start])
+            _add_scaled(delta, shares[index], total)
+
+
+@compiled
+def survey(
+    stack: Floats, origin: Floats, low: Floats, high: Floats, sure: Floats, counts: NDArray[np.int64], unsure: Floats
+) -> tuple[int, int]:
+    """The votes of the entries that are certain to stay or to be trimmed, and how many are not.
+
+    Magnitudes below `low` and below `high`, all `(N,)`, are counted in `counts` `(N, 2)`. From `sure` on they stay; in
+    [low, sure) it is uncertain, and where any model's lies there the column goes to `unsure` `(N, n)`.
+    """
+    count = len(stack)
+    deltas, totals = np.empty((count, _PIECE), stack.dtype), np.empty(_PIECE, stack.dtype)
+    marks, places = np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.int64)
+    votes, found = 0, 0
+    for start in range(0, origin.size, _PIECE):
+        stop = min(start + _PIECE, origin.size)
+        total, marked = totals[: stop - start], marks[: stop - start]
+        total[:] = 0
+        marked[:] = 0
+        for index in range(count):
+            delta = deltas[index, : stop - start]
+            _subtract(stack[index, start:stop], origin[start:stop], delta)
+            counts[index, 0] += _count_below(delta, low[index])
+            counts[index, 1] += _count_below(delta, high[index])
+            _mark_between(delta, low[index], sure[index], marked)
+            _add_from(delta, sure[index], total)
+        votes += _votes(total)
+        for entry in places[: _place(marked, places)]:
+            votes -= int(total[entry] > 0) - int(total[entry] < 0)
+            for index in range(count):
+                unsure[index, found] = deltas[index, entry]
+            found += 1
+    return votes, found
+
+
+@compiled
+def elect(
+    stack: Floats, origin: Floats, cuts: Floats, shares: Floats, divisor: Number, vote: Number, merged: Floats
+) -> None:
+    """Into `merged`: TIES' elected mean of what reaches the `cuts` `(N,)`; `divisor` 0 is the disjoint mean."""
+    count = len(stack)
+    kept, scratch = np.empty((count, _PIECE), stack.dtype), np.empty(_PIECE, stack.dtype)
+    signs, voices = np.empty(_PIECE, stack.dtype), np.empty(_PIECE, stack.dtype)
+    for start in range(0, merged.size, _PIECE):
+        stop = min(start + _PIECE, merged.size)
+        total = merged[start:stop]
+        total[:] = 0
+        for index in range(count):
+            delta = _delta(stack[index, start:stop], origin[start:stop], scratch[: stop - start])
+            _keep_from(delta, cuts[index], kept[index, : stop - start], total)
+        _agreed(kept, shares, divisor, vote, signs[: stop - start], voices[: stop - start], total)
+
+
+@compiled
+def drop(
+    stack: Floats,
+    origin: Floats,
+    keys: NDArray[np.uint64],
+    offset: int,
+    level: int,
+    shares: Floats,
+    elected: bool,
+    merged: Floats,
+) -> None:
+    """Into `merged`: Σ c_i, or TIES' elected mean, of the task vectors' entries whose draw reaches `level`.
+
+    The draws are those of `chance.draws` from `offset` on, which must be a multiple of 4.
+    """
+    count = len(stack)
+    kept, scratch = np.empty((count, _PIECE), stack.dtype), np.empty(_PIECE, stack.dtype)
+    states = np.empty(_PIECE // 4, np.uint64)
+    draws = states.view(np.int16)
+    signs, voices = np.empty(_PIECE, stack.dtype), np.empty(_PIECE, stack.dtype)
+    divisor = stack.dtype.type(0)
+    for start in range(0, merged.size, _PIECE):
+        stop = min(start + _PIECE, merged.size)
+        total = merged[start:stop]
+        total[:] = 0
+        for index in range(count):
+            _draw(keys[index], np.uint64(offset + start) // _LANES, states)
+            row = kept[index, : stop - start]
+            delta = _delta(stack[index, start:stop], origin[start:stop], scratch[: stop - start])
+            _keep_drawn(delta, draws[: stop - start], level, row)
+            if elected:
+                _add(row, total)
+            else:
+                _add_scaled(row, shares[index], total)
+        if elected:
+            _agreed(kept, shares, divisor, divisor, signs[: stop - start], voices[: stop - start], total)
+
+
+@compiled
+def _agreed(
+    kept: Floats, shares: Floats, divisor: Number, vote: Number, sign: Floats, voices: Floats, total: Floats
+) -> None:
+    """From the sums of `kept` in `total` to the mean of those who agree with their sign."""
+    _elect_signs(total, vote, sign)
+    voices[:] = 0
+    for index in range(len(kept)):
+        _add_agreeing(kept[index, : total.size], sign, shares[index], total, voices)
+    if divisor:
+        voices[:] = divisor
+    _divide(total, voices, sign)
+
+
+# One loop a function, whose arrays do not overlap: only such loops become vector instructions.
+
+
+@compiled
+def _delta(weights: Floats, origin: Floats, scratch: Floats) -> Floats:
+    if origin.size == 0:
+        return weights
+    _subtract(weights, origin, scratch)
+    return scratch
+
+
+@compiled
+def _subtract(weights: Floats, origin: Floats, delta: Floats) -> None:
+    for entry in range(delta.size):
+        delta[entry] = weights[entry] - origin[entry]
+
+
+@compiled
+def _add(delta: Floats, total: Floats) -> None:
+    for entry in range(total.size):
+        total[entry] += delta[entry]
+
+
+@compiled
+def _add_scaled(delta: Floats, share: Number, total: Floats) -> None:
+    for entry in range(total.size):
+        total[entry] += delta[entry] * share
+
+
+@compiled
+def _count_below(delta: Floats, low: Number) -> int:
+    count = 0
+    for entry in range(delta.size):
+        count += abs(delta[entry]) < low
+    return count
+
+
+@compiled
+def _mark_between(delta: Floats, low: Number, high: Number, marks: NDArray[np.uint8]) -> None:
+    for entry in range(delta.size):
+        size = abs(delta[entry])
+        marks[entry] |= (size >= low) & (size < high)
+
+
+@compiled
+def _add_from(delta: Floats, cut: Number, total: Floats) -> None:
+    zero = total.dtype.type(0)
+    for entry in range(total.size):
+        total[entry] += delta[entry] if abs(delta[entry]) >= cut else zero
+
+
+@compiled
+def _keep_from(delta: Floats, cut: Number, kept: Floats, total: Floats) -> None:
+    zero = total.dtype.type(0)
+    for entry in range(total.size):
+        value = delta[entry] if abs(delta[entry]) >= cut else zero
+        kept[entry] = value
+        total[entry] += value
+
+
+@compiled
+def _keep_drawn(delta: Floats, draws: NDArray[np.int16], level: int, kept: Floats) -> None:
+    zero = kept.dtype.type(0)
+    for entry in range(kept.size):
+        kept[entry] = delta[entry] if draws[entry] >= level else zero
+
+
+@compiled
+def _place(marks: NDArray[np.uint8], places: NDArray[np.int64]) -> int:
+    """Where the marks are, into `places`; how many there are. Without a branch, which few marks would mislead."""
+    found = 0
+    for entry in range(marks.size):
+        places[found] = entry
+        found += marks[entry]
+    return found
+
+
+@compiled
+def _votes(total: Floats) -> int:
+    votes = 0
+    for entry in range(total.size):
+        votes += int(total[entry] > 0) - int(total[entry] < 0)
+    return votes
+
+
+@compiled
+def _elect_signs(total: Floats, vote: Number, sign: Floats) -> None:
+    zero, one = total.dtype.type(0), total.dtype.type(1)
+    for entry in range(total.size):
+        up = one if total[entry] > zero else zero
+        down = one if total[entry] < zero else zero
+        sign[entry] = up - down + (one - up - down) * vote
+        total[entry] = zero
+
+
+@compiled
+def _add_agreeing(kept: Floats, sign: Floats, share: Number, total: Floats, voices: Floats) -> None:
+    zero, one = total.dtype.type(0), total.dtype.type(1)
+    voice = one if share != zero else zero
+    for entry in range(total.size):
+        value = kept[entry] * sign[entry]
+        total[entry] += value * share if value > zero else zero
+        voices[entry] += voice if value > zero else zero
+
+
+@compiled
+def _divide(total: Floats, voices: Floats, sign: Floats) -> None:
+    one = total.dtype.type(1)
+    for entry in range(total.size):
+        total[entry] = total[entry] / (voices[entry] if voices[entry] > one else one) * sign[entry]
+
+
+@compiled
+def _draw(key: np.uint64, first: np.uint64, states: NDArray[np.uint64]) -> None:
+    """SplitMix64's outputs from `first` on."""
+    for number in range(states.size):
+        state = (first + np.uint64(number) + np.uint64(1)) * _GAMMA + key
+        state = (state ^ (state >> np.uint64(30))) * _MIX_1
+        state = (state ^ (state >> np.uint64(27))) * _MIX_2
+        states[number] = state ^ (state >> np.uint64(31))
