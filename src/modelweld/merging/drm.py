@@ -9,8 +9,9 @@ drop rate nor on the weights; `merge_low_rank` stays in the factors of LoRA adap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from modelweld.errors import MergeError
 from modelweld.merging.election import blocks, elect_overwriting
 from modelweld.merging.low_rank import LowRank, require_finite_factors
 from modelweld.merging.operands import Weights, require_finite, shares, stacked
-from modelweld.merging.selection import pruned, quota_threshold
-from modelweld.merging.spectrum import joint_projection
+from modelweld.merging.selection import nonzeros, pruned, quota_threshold
+from modelweld.merging.spectrum import JointProjection, joint_projection
 
 RANK_TOLERANCE = 1e-2
 _NOISE = 1e-6  # a model's share of a singular direction below which only rounding has put it there
@@ -87,9 +88,10 @@ def resolved_direction(direction: str, n: int, m: int) -> str:
 def factorise(deltas: Tensor, *, direction: str = "horizontal", rank_tolerance: float = RANK_TOLERANCE) -> DrmBasis:
     """The part of `merge` that depends on neither drop rate nor weights, for sweeps over them."""
     deltas = stacked(deltas, dtype=deltas.dtype, matrices=True)
-    require_finite(deltas)
+    active = _active(deltas)
     vertical = resolved_direction(direction, deltas.shape[1], deltas.shape[2]) == "vertical"
-    return _factorise(deltas.mT if vertical else deltas, vertical, rank_tolerance)
+    found = joint_projection(deltas.mT if vertical else deltas, rank_tolerance)
+    return _renormalised(found, found.basis, active, vertical)
 
 
 def factorise_low_rank(
@@ -99,9 +101,10 @@ def factorise_low_rank(
     if not factors:
         raise MergeError("no models", mend="give one pair of factors a model")
     vertical = resolved_direction(direction, *factors[0].shape) == "vertical"
-    basis, cores = shared_columns([factor.transposed if vertical else factor for factor in factors])
-    inner = _factorise(cores, vertical, rank_tolerance)
-    return DrmBasis(basis @ inner.basis, inner.directions, inner.strengths, inner.active, inner.rank, vertical)
+    columns, cores = shared_columns([factor.transposed if vertical else factor for factor in factors])
+    active = _active(cores)
+    found = joint_projection(cores, rank_tolerance)
+    return _renormalised(found, columns @ found.basis, active, vertical)
 
 
 def shared_columns(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
@@ -112,44 +115,71 @@ def shared_columns(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     require_finite_factors(factors)
     columns, mixing = torch.linalg.qr(torch.cat([factor.B.double() for factor in factors], dim=1))
     parts = mixing.split([factor.rank for factor in factors], dim=1)  # N × (q, R_i)
-    cores = [part @ factor.A.double() for part, factor in zip(parts, factors, strict=True)]
-    return columns, torch.stack(cores)
+    cores = torch.empty(len(factors), columns.shape[1], factors[0].shape[1], dtype=mixing.dtype, device=mixing.device)
+    for part, factor, core in zip(parts, factors, cores, strict=True):
+        torch.mm(part, factor.A.double(), out=core)
+    return columns, cores
 
 
 def finish(
-    basis: DrmBasis, *, drop_rate: float = 0.8, weights: Weights | None = None, disjoint_mean: bool = True
+    basis: DrmBasis,
+    *,
+    drop_rate: float = 0.8,
+    weights: Weights | None = None,
+    disjoint_mean: bool = True,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
-    """The merged task vector `(n, m)` for one drop rate and one set of weights; the basis is left as it was."""
-    merged = basis.basis @ _merged_rows(basis, drop_rate, weights, disjoint_mean)
+    """The merged task vector `(n, m)` for one drop rate and one set of weights; the basis is left as it was.
+
+    In `notes` it leaves two shares, 0-d and not waited for: `kept_share`, of the entries that pruning keeps, and
+    `sign_conflicts`, of these that the election then discards.
+    """
+    merged = basis.basis @ _merged_rows(basis, drop_rate, weights, disjoint_mean, notes)
     return merged.mT if basis.vertical else merged
 
 
 def finish_low_rank(
-    basis: DrmBasis, *, drop_rate: float = 0.8, weights: Weights | None = None, disjoint_mean: bool = True
+    basis: DrmBasis,
+    *,
+    drop_rate: float = 0.8,
+    weights: Weights | None = None,
+    disjoint_mean: bool = True,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> LowRank:
     """As `finish`, leaving the merged task vector in factors of the basis's rank."""
-    merged = LowRank(basis.basis, _merged_rows(basis, drop_rate, weights, disjoint_mean))
+    merged = LowRank(basis.basis, _merged_rows(basis, drop_rate, weights, disjoint_mean, notes))
     return merged.transposed if basis.vertical else merged
 
 
-def _factorise(stack: Tensor, vertical: bool, rank_tolerance: float) -> DrmBasis:
-    extremes = [torch.stack(torch.aminmax(matrix)) for matrix in stack]
-    active = torch.stack(extremes).ne(0).any(dim=1)  # (N,)
-    found = joint_projection(stack, rank_tolerance)
-    rows = found.projections  # (N, r, m), becomes the unit rows
+def _active(stack: Tensor) -> Tensor:
+    """`(N,)`: which matrices of the stack are not all zero; refuses those of host memory that are not finite."""
+    extremes = torch.stack([torch.stack(torch.aminmax(matrix)) for matrix in stack])  # (N, 2)
+    if extremes.device.type == "cpu" and not bool(extremes.isfinite().all()):
+        require_finite(stack)
+    return extremes.ne(0).any(dim=1)
+
+
+def _renormalised(found: JointProjection, basis: Tensor, active: Tensor, vertical: bool) -> DrmBasis:
+    """Step 1 of the paper; the projections become the unit rows."""
+    rows = found.projections  # (N, r, m)
     count, r, m = rows.shape
     strengths = torch.empty(count, r, dtype=rows.dtype, device=rows.device)
-    for index in range(count):
-        for start, stop in blocks(r, m, rows):
-            piece = rows[index, start:stop]
-            norms = torch.linalg.vector_norm(piece, dim=1)
-            real = norms > _NOISE * found.singular[start:stop]
-            strengths[index, start:stop] = norms * real
-            piece.div_(torch.where(real, norms, torch.inf).unsqueeze(1))
-    return DrmBasis(found.basis, rows, strengths, active, found.rank, vertical)
+    for start, stop in blocks(r, count * m, rows):
+        piece = rows[:, start:stop]
+        norms = torch.linalg.vector_norm(piece, dim=2)  # (N, rows)
+        real = norms > _NOISE * found.singular[start:stop]
+        strengths[:, start:stop] = norms * real
+        piece.mul_(torch.where(real, 1 / norms, 0).unsqueeze(2))
+    return DrmBasis(basis, rows, strengths, active, found.rank, vertical)
 
 
-def _merged_rows(basis: DrmBasis, drop_rate: float, weights: Weights | None, disjoint_mean: bool) -> Tensor:
+def _merged_rows(
+    basis: DrmBasis,
+    drop_rate: float,
+    weights: Weights | None,
+    disjoint_mean: bool,
+    notes: MutableMapping[str, Any] | None,
+) -> Tensor:
     """Steps 2 and 3 of the paper: (r, m) rows in the joint basis."""
     if not 0 <= drop_rate < 1:
         raise MergeError(f"drop_rate is {drop_rate}", mend="give a share from 0 to below 1")
@@ -159,12 +189,17 @@ def _merged_rows(basis: DrmBasis, drop_rate: float, weights: Weights | None, dis
     quota = basis.active.sum() * basis.rank * m  # L = N·r·m
     threshold = quota_threshold(directions, quota, 1 - drop_rate)
     divisor = None if disjoint_mean else basis.active.sum().clamp(min=1)
+    agreeing, kept = None if notes is None else torch.zeros_like(strengths[0, 0]), torch.zeros_like(quota)
     merged = torch.empty(r, m, dtype=directions.dtype, device=directions.device)
     ranges = blocks(r, count * m, directions)
     scratch = torch.empty(count, ranges[0][1] if ranges else 0, m, dtype=merged.dtype, device=merged.device)
     for start, stop in ranges:
-        kept = pruned(directions[:, start:stop], threshold, scratch[:, : stop - start]).mul_(
-            strengths[:, start:stop].unsqueeze(2)
-        )
-        merged[start:stop] = elect_overwriting(kept, c, divisor=divisor)
+        entries = pruned(directions[:, start:stop], threshold, scratch[:, : stop - start])  # (N, rows, m)
+        if notes is not None:
+            kept += nonzeros(entries)
+        entries.mul_(strengths[:, start:stop].unsqueeze(2))
+        elect_overwriting(entries, c, divisor=divisor, out=merged[start:stop], agreeing=agreeing)
+    if notes is not None and agreeing is not None:
+        notes["kept_share"] = kept / quota.clamp(min=1)
+        notes["sign_conflicts"] = 1 - agreeing / kept.clamp(min=1)
     return merged

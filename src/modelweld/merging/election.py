@@ -48,39 +48,49 @@ def elect(
 
 
 def elect_overwriting(
-    stack: Tensor, coefficients: Tensor | None, *, divisor: Tensor | None = None, vote: Tensor | None = None
+    stack: Tensor,
+    coefficients: Tensor | None,
+    *,
+    divisor: Tensor | None = None,
+    vote: Tensor | None = None,
+    out: Tensor | None = None,
+    agreeing: Tensor | None = None,
 ) -> Tensor:
-    """As `elect`, on a scratch stack `(N, *shape)` that it overwrites.
+    """As `elect` (in `out`), on a scratch stack `(N, *shape)` that it overwrites.
 
     Divides by `divisor` instead of by the entries that are left; entries that cancel take the sign `vote`, or else 0.
+    To `agreeing` (0-d) the number of entries that are left, whatever their coefficients, is added.
     """
     sign = summed(stack).sign_()
     if vote is not None:
         sign.addcmul_(1 - sign.abs(), vote)
     stack.mul_(sign).clamp_(min=0)  # magnitudes of those who agree, else 0
-    total = weighted_sum(stack, coefficients)
-    if divisor is None:
+    total = weighted_sum(stack, coefficients, out)
+    if divisor is None or agreeing is not None:
         voices = None if coefficients is None else (coefficients != 0).to(stack.dtype)
-        divisor = weighted_sum(stack.sign_(), voices).clamp_(min=1)
+        left = weighted_sum(stack.sign_(), voices)
+        if agreeing is not None:
+            agreeing += left.sum() if voices is None else stack.sum()
+        divisor = left.clamp_(min=1) if divisor is None else divisor
     return total.div_(divisor).mul_(sign)
 
 
-def weighted_sum(stack: Tensor, coefficients: Tensor | None) -> Tensor:
-    """`(*shape)`: Σ c_i X_i of `(N, *shape)`; without coefficients Σ X_i."""
+def weighted_sum(stack: Tensor, coefficients: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`(*shape)`: Σ c_i X_i of `(N, *shape)` (in `out`); without coefficients Σ X_i."""
     if coefficients is None:
-        return summed(stack)
+        return summed(stack, out)
     # Multiply, then add: a fused multiply-add would round the last entries of a chunk unlike the others.
-    total = stack[0] * coefficients[0]
+    total = torch.mul(stack[0], coefficients[0], out=out)
     for index in range(1, stack.shape[0]):
         total.add_(stack[index] * coefficients[index])
     return total
 
 
-def summed(stack: Tensor) -> Tensor:
-    """`(*shape)`: Σ X_i of `(N, *shape)`; several times faster than a reduction over the leading dimension."""
+def summed(stack: Tensor, out: Tensor | None = None) -> Tensor:
+    """`(*shape)`: Σ X_i of `(N, *shape)` (in `out`); much faster than a reduction over the leading dimension."""
     if stack.shape[0] == 1:
-        return stack[0].clone()
-    total = stack[0] + stack[1]
+        return stack[0].clone() if out is None else out.copy_(stack[0])
+    total = torch.add(stack[0], stack[1], out=out)
     for index in range(2, stack.shape[0]):
         total.add_(stack[index])
     return total

@@ -8,7 +8,6 @@ and no host round trip.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SMALL = 1 << 17  # below this a plain partition is faster than bracketing
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 16  # at most
 _TIE = 1e-11  # relative distance within which magnitudes are equal: far above rounding, far below any real gap
-_BLOCK = 1 << 17  # elements a pass touches at once: stays in a core's cache
+_BLOCK = 1 << 16  # elements a pass touches at once: stays in a core's cache
 
 
 def magnitude_threshold(values: Tensor, keep_share: float) -> Tensor:
@@ -37,9 +36,22 @@ def magnitude_threshold(values: Tensor, keep_share: float) -> Tensor:
 
 def pruned(values: Tensor, limit: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy of the values (in `out`) with those of a magnitude below `limit` (which broadcasts) zeroed."""
+    if limit.ndim == 0 and limit.device.type == "cpu":
+        # One pass instead of three; it zeroes what is at most its bound, so the bound is the next number down.
+        below = float(torch.nextafter(limit, torch.zeros_like(limit)))
+        out = torch.empty_like(values) if out is None else out
+        torch.ops.aten.hardshrink.out(values, below, out=out)
+        return out
     # The mask stays a float: producing and multiplying bool masks takes a CPU several times as long.
     mask = torch.abs(values, out=out)
     return torch.ge(mask, limit, out=mask).mul_(values)
+
+
+def nonzeros(values: Tensor) -> Tensor:
+    """How many entries are not zero, 0-d."""
+    if values.device.type == "cpu":
+        return torch.tensor(np.count_nonzero(values.numpy() != 0))  # a tenth of the time of torch's
+    return torch.count_nonzero(values)
 
 
 def quota_threshold(values: Tensor, quota: Tensor, keep_share: float) -> Tensor:
@@ -62,34 +74,33 @@ def kth_smallest(values: Tensor, k: int | Tensor, *, magnitudes: bool = False) -
     Off the CPU k may be a 0-d tensor on the same device.
     """
     if values.device.type == "cpu":
-        flat = values.detach().reshape(-1).numpy()
-        return torch.tensor(_bracketed(flat, int(k), np.abs if magnitudes else _as_is), dtype=values.dtype)
+        return torch.tensor(_bracketed(values.detach().reshape(-1).numpy(), int(k), magnitudes), dtype=values.dtype)
     return _bisected(values.abs() if magnitudes else values, k)
 
 
-def _as_is(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    return values
-
-
-def _bracketed(
-    values: NDArray[np.floating], k: int, of: Callable[[NDArray[np.floating]], NDArray[np.floating]]
-) -> float:
+def _bracketed(values: NDArray[np.floating], k: int, magnitudes: bool) -> float:
     size = values.size
     if size <= _SMALL:
-        return float(np.partition(of(values), k - 1)[k - 1])
-    chosen = np.random.default_rng(0).integers(0, size, _SAMPLE)
-    sample = np.sort(of(values[chosen]))
-    share = k / size
-    margin = 4 * math.sqrt(share * (1 - share) / _SAMPLE) + 2 / _SAMPLE
+        own = np.abs(values) if magnitudes else values.copy()
+        own.partition(k - 1)
+        return float(own[k - 1])
+    chosen = values[np.random.default_rng(0).integers(0, size, min(_SAMPLE, size >> 6))]
+    sample = np.sort(np.abs(chosen) if magnitudes else chosen)
+    share, drawn = k / size, sample.size
+    margin = 4 * math.sqrt(share * (1 - share) / drawn) + 2 / drawn
+    scratch, marks = np.empty(_BLOCK, values.dtype), np.empty((2, _BLOCK), bool)
     while True:
-        low = sample[int((share - margin) * _SAMPLE)] if share > margin else sample.dtype.type(-np.inf)
-        high = sample[int((share + margin) * _SAMPLE)] if share + margin < 1 else sample.dtype.type(np.inf)
+        low = sample[int((share - margin) * drawn)] if share > margin else sample.dtype.type(-np.inf)
+        high = sample[int((share + margin) * drawn)] if share + margin < 1 else sample.dtype.type(np.inf)
         below, between = 0, []
         for start in range(0, size, _BLOCK):
-            block = of(values[start : start + _BLOCK])
-            reaches = block >= low
+            block = values[start : start + _BLOCK]
+            if magnitudes:
+                block = np.abs(block, out=scratch[: block.size])
+            reaches, stays = marks[:, : block.size]
+            np.greater_equal(block, low, out=reaches)
             below += block.size - int(np.count_nonzero(reaches))
-            reaches &= block <= high
+            reaches &= np.less_equal(block, high, out=stays)
             between.append(block[reaches])
         inside = np.concatenate(between)
         rank = k - below

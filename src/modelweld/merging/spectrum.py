@@ -7,6 +7,7 @@ Gram moves the result of a subspace method by percents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 _EPSILON = torch.finfo(torch.float64).eps
-_COLUMNS = 4096  # of a matrix converted to float64 at a time
+_COLUMNS = 1024  # of a matrix converted to float64 at a time
 _SPLIT = 256  # rows from which computing only the Gram matrix's lower blocks pays
 
 
@@ -42,11 +43,11 @@ def joint_projection(stack: Tensor, rank_tolerance: float) -> JointProjection:
         values, vectors = torch.linalg.eigh(_gram(stack))
         singular, (vectors,), rank = _cut(values, rank_tolerance, vectors)
         projections = torch.empty(count, vectors.shape[1], m, dtype=torch.float64, device=stack.device)
-        for index in range(count):
-            torch.mm(vectors.mT, stack[index].double(), out=projections[index])
+        for index, start, piece in _pieces(stack):
+            torch.mm(vectors.mT, piece, out=projections[index, :, start : start + piece.shape[1]])
         return JointProjection(vectors, projections, singular, rank)
     wide = stack.transpose(0, 1).reshape(n, count * m).double()  # (n, N·m), the smaller side is N·m
-    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    values, vectors = torch.linalg.eigh(_gram(wide.mT.unsqueeze(0)))
     singular, (vectors,), rank = _cut(values, rank_tolerance, vectors)
     inverse = torch.where(singular > 0, 1 / singular, 0)
     projections = (vectors * singular).view(count, m, -1).mT.contiguous()  # (N, r, m)
@@ -65,16 +66,29 @@ def _cut(values: Tensor, rank_tolerance: float, vectors: Tensor) -> tuple[Tensor
 
 def _gram(stack: Tensor) -> Tensor:
     """Σ D_i D_iᵀ (n, n) in float64; only the lower triangle is sure to be filled, which is all that eigh reads."""
-    _, n, m = stack.shape
+    n = stack.shape[1]
     gram = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
     parts = 4 if n >= _SPLIT and stack.device.type == "cpu" else 1
     edges = [n * part // parts for part in range(parts + 1)]
-    for matrix in stack:
-        for start in range(0, m, _COLUMNS):
-            piece = matrix[:, start : start + _COLUMNS].double()  # (n, ≤4096)
-            for top, bottom in pairwise(edges):
-                gram[top:bottom, :bottom].addmm_(piece[top:bottom], piece[:bottom].mT)
+    for _, _, piece in _pieces(stack):
+        for top, bottom in pairwise(edges):
+            gram[top:bottom, :bottom].addmm_(piece[top:bottom], piece[:bottom].mT)
     return gram
+
+
+def _pieces(stack: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Every matrix in float64, on a CPU some columns at a time: model, first column, and the piece until the next."""
+    count, _, m = stack.shape
+    if stack.device.type != "cpu" or stack.dtype == torch.float64:
+        for index in range(count):
+            yield index, 0, stack[index].double()
+        return
+    # Fresh memory for every piece would cost more than converting it.
+    scratch = torch.empty_like(stack[0, :, :_COLUMNS], dtype=torch.float64)
+    for index in range(count):
+        for start in range(0, m, _COLUMNS):
+            piece = stack[index, :, start : start + _COLUMNS]
+            yield index, start, scratch[:, : piece.shape[1]].copy_(piece)
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
