@@ -50,12 +50,12 @@ def zip_units(similarities: Similarities, models: int, *, inside: float = 0.5, b
 
     units = total // models
     merges = total - units
-    # Columns are written as often as rows: lines of a power of two would all meet in the same few places of the caches.
-    matrix = np.empty((total, total + _LINE), np.float32)[:, :total]
-    matrix[:] = similarities
+    # Lines of a power of two would all meet in the same few places of the caches.
+    matrix = np.empty((total, total + merges + _LINE), np.float32)
+    matrix[:, :total] = similarities
     np.fill_diagonal(matrix, GONE)
-    bound = matrix.max(axis=1, initial=GONE)
-    owner, alive = np.arange(total), np.arange(total)
+    bound = matrix[:, :total].max(axis=1, initial=GONE)
+    owner, alive = np.arange(total), np.arange(total, dtype=np.int32)
     model_of = np.repeat(np.arange(models), units)
     left = np.full(models, int(merges // models * budget + 1e-4))
     values = np.empty(merges, np.float32)
