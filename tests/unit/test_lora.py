@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_engine import recipe, tree_bytes, weights_of
 
 import modelweld
+from modelweld.checkpoints.loading import load
 from modelweld.errors import CheckpointError, ConfigError
 from modelweld.lineage import manifest
 from modelweld.merging import LowRank, drm
@@ -257,12 +258,32 @@ def test_half_precision_bases_and_threads_leave_adapters_exact(tmp_path: Path) -
     merge(recipe(root, "drm", experts=2), root / "one", threads=1)
     merge(recipe(root, "drm", experts=2), root / "two", threads=2)
     assert tree_bytes(root / "one") == tree_bytes(root / "two")
-    assert not any("singular basis" in note for note in manifest.read(root / "one")["notes"])
+    assert manifest.read(root / "one")["notes"] == []
 
 
-def test_adapters_are_not_aligned(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "warned"), [("drm", True), ("ties", False)])
+def test_an_adapter_that_was_folded_into_half_precision_is_told_by_name(
+    tmp_path: Path, method: str, warned: bool
+) -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    root = llama(tmp_path, dtype="bfloat16", **wide)
+    for number in range(2):
+        write_adapter(root / "base", root / f"a{number}", number + 1, r=8)
+        (root / f"e{number}").mkdir()
+        folded = load(root / f"a{number}", base=root / "base").bfloat16()
+        folded.save_pretrained(root / f"e{number}")
+    merge(recipe(root, method, experts=2), root / "out")
+    notes = manifest.read(root / "out")["notes"]
+    told = [f"e{number} looks like an adapter of rank 8 or so" for number in range(2)]
+    assert [note[: len(told[0])] for note in notes] == (told if warned else [])
+
+
+def test_adapters_of_one_base_are_aligned_already(tmp_path: Path) -> None:
     root = llama(tmp_path)
     write_adapter(root / "base", root / "e0", 1)
     write_adapter(root / "base", root / "e1", 2)
-    with pytest.raises(ConfigError, match="e0 is an adapter, whose units are its base's"):
-        merge(recipe(root, "mudsc", experts=2), root / "out")
+    merge(recipe(root, "mudsc", experts=2), root / "aligned")
+    merge(recipe(root, "average", experts=2), root / "plain")
+    aligned, plain = weights_of(root / "aligned"), weights_of(root / "plain")
+    assert all(torch.allclose(aligned[name], tensor, atol=1e-6) for name, tensor in plain.items())
+    assert any("aligned already" in note for note in manifest.read(root / "aligned")["notes"])

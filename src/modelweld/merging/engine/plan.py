@@ -16,6 +16,7 @@ from modelweld.checkpoints import TensorInfo, tensor_digest
 from modelweld.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from modelweld.checkpoints.checkpoint import read_json
 from modelweld.checkpoints.orientation import stored_transposed
+from modelweld.checkpoints.rounding import folded_rank
 from modelweld.checkpoints.shards import Layout, lay_out
 from modelweld.config import Recipe
 from modelweld.config.methods import MethodParameters, Ties
@@ -394,15 +395,17 @@ def _side_files(path: Path) -> tuple[str, ...]:
 
 def _notes(inputs: Inputs, tensors: list[TensorPlan]) -> tuple[str, ...]:
     notes = []
-    halves = any(
-        method(t.parameters.method).whole_matrix and t.source_dtype in _HALVES and t.route != "factors"
-        for t in tensors
-        if t.parameters
-    )
-    if halves:
-        notes.append(
-            "dense half-precision inputs carry rounding noise into the singular basis: merge adapters if there are any"
-        )
+    matrices = {t.name for t in tensors if t.parameters and method(t.parameters.method).whole_matrix}
+    for expert in inputs.experts:
+        if inputs.base is None or expert.adapter is not None:
+            continue
+        names = {name: stored for name, stored in expert.alignment.names.items() if name in matrices}
+        rank = folded_rank(inputs.base, expert.checkpoint, names)
+        if rank is not None:
+            notes.append(
+                f"{expert.label} looks like an adapter of rank {rank} or so that was folded into half precision, whose "
+                "rounding noise is merged with it: merge from the adapter"
+            )
     ours = _vocabulary(inputs.reference.path)
     for expert in inputs.experts:
         theirs = _vocabulary(expert.checkpoint.path)
