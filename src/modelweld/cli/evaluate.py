@@ -51,11 +51,15 @@ def report(
     root: Annotated[Path, typer.Option(help="The project that was run.")] = Path(),
     out: Annotated[Path | None, typer.Option(help="Where to; .modelweld/report/ in the project by default.")] = None,
     name: Annotated[str | None, typer.Option(help="The page's title; `name:` of params.yaml by default.")] = None,
+    landscape: Annotated[
+        bool, typer.Option("--landscape", help="Also score the plane through two experts and the merge: takes a while.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=3, help="Points along each side of that plane.")] = 9,
 ) -> None:
-    """One HTML page, with plots, about the merge in this project: scores, behaviour, layers, lineage, recipe."""
+    """One HTML page, with plots, about the merge in this project: scores, behaviour, alignment, lineage, recipe."""
     from modelweld.stages.report import report as build
 
-    document = build(root, out, name)
+    document = build(root, out, name, steps=steps if landscape else None)
     emit(document, f"report: {document['report']}")
 
 

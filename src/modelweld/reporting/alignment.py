@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.ticker import PercentFormatter
@@ -16,6 +17,26 @@ from modelweld.reporting.plots import FAINT, FIXED, SERIES, _figure, _plain, _sa
 # Numbers in a tensor's name say which layer it is in; "0.1" in brackets are axes.
 _NUMBERS = re.compile(r"(?<![\w\[])\d+(?=\.)")
 _MOST_LABELS = 8
+
+
+def alignment_plots(document: Mapping[str, Any], out: Path) -> dict[str, Path]:
+    """Every plot that an alignment.json has figures for, in the folder `out`: `alpha`, `identity`, `similarity 1` …"""
+    plots = {}
+    if document["alpha_curve"]:
+        curve = {float(alpha): score for alpha, score in document["alpha_curve"].items()}
+        plots["alpha"] = plot_alpha({f"merged by {document['alpha_scored_by']}": curve}, out / "alpha.png")
+    if document["groups"]:
+        shares = {name: group["identity_share"] for name, group in document["groups"].items()}
+        plots["identity"] = plot_identity(shares, out / "identity.png")
+    for number, shown in enumerate(document["similarity"], 1):
+        plots[f"similarity {number}"] = plot_similarity(
+            np.array(shown["before"]),
+            np.array(shown["after"]),
+            f"{shown['group']}, {shown['models'][0]} (rows) and {shown['models'][1]}",
+            out / f"similarity-{number}.png",
+            (shown["matched"]["before"], shown["matched"]["after"]),
+        )
+    return plots
 
 
 def plot_alpha(curves: Mapping[str, Mapping[float, float]], out: Path) -> Path:
@@ -36,14 +57,25 @@ def plot_alpha(curves: Mapping[str, Mapping[float, float]], out: Path) -> Path:
     return _save(figure, out)
 
 
-def plot_similarity(before: NDArray[np.float64], after: NDArray[np.float64], group: str, out: Path) -> Path:
-    """Write a PNG: one group's similarity of model 0's units (rows) to another's, in its own order and aligned."""
+def plot_similarity(
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    group: str,
+    out: Path,
+    matched: tuple[float, float] | None = None,
+) -> Path:
+    """Write a PNG: one group's similarity of model 0's units (rows) to another's, in its own order and aligned.
+
+    `matched` are the mean similarities of counterparts where the matrices show only some of the units.
+    """
     figure = _figure(8.6, 4.1)
     panels = figure.subplots(1, 2)
-    most = max(float(np.abs(before).max()), 1e-9)
-    for axes, matrix, title in zip(panels, (before, after), ("before", "after alignment"), strict=True):
+    most = max(float(np.abs(before).max()), float(np.abs(after).max()), 1e-9)
+    means = matched or (float(np.diag(before).mean()), float(np.diag(after).mean()))
+    named = zip(panels, (before, after), ("before", "after alignment"), means, strict=True)
+    for axes, matrix, title, mean in named:
         drawn = axes.imshow(matrix, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
-        axes.set_title(f"{title}: mean of matched {np.diag(matrix).mean():.2f}", **_title())
+        axes.set_title(f"{title}: mean of matched {mean:.2f}", **_title())
         axes.tick_params(colors=FAINT, labelsize=8)
     figure.colorbar(drawn, ax=panels.tolist(), shrink=0.85)
     figure.suptitle(group, fontsize=9, color=FAINT)
@@ -55,7 +87,9 @@ def identity_by_layer(shares: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, list[float]] = defaultdict(list)
     for group, share in shares.items():
         numbers = _NUMBERS.findall(group)
-        found[".".join(numbers) if numbers else group.split(".")[-2]].append(share)
+        # A group is named by an axis of a tensor: "embeddings.word.weight[1]" belongs to the component "word".
+        parts = group.partition("[")[0].split(".")
+        found[".".join(numbers) if numbers else parts[-min(2, len(parts))]].append(share)
     return {layer: float(np.mean(values)) for layer, values in found.items()}
 
 

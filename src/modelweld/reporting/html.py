@@ -12,8 +12,10 @@ from typing import Any
 import jinja2
 import yaml
 
+from modelweld.reporting.alignment import alignment_plots
 from modelweld.reporting.behaviour import behaviour
 from modelweld.reporting.documents import SIGNIFICANT, Scoreboard, document_of, mark, metric_name
+from modelweld.reporting.landscape import plot_landscape
 from modelweld.reporting.layers import layer_series
 from modelweld.reporting.plots import colours, plot_layers, plot_scores
 
@@ -27,17 +29,25 @@ def write_report(
     name: str,
     predictions: Path | None = None,
     manifest: Mapping[str, Any] | None = None,
+    alignment: Mapping[str, Any] | None = None,
+    landscape: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `out`/index.html with its plots beside and inside it; returns the page's path.
 
     `predictions` is the folder of <task>.parquet files; tasks without one have no section on behaviour. Without a
-    manifest there are neither layers nor lineage. Equal input gives an equal page: no clock, no host.
+    manifest there are neither layers nor lineage. `alignment` is alignment.json of the merge, `landscape` the plane
+    through its experts. Equal input gives an equal page: no clock, no host.
     """
     document = document_of(scoreboard)
     out.mkdir(parents=True, exist_ok=True)
     images = {"scores": plot_scores(scoreboard, out / "scores.png")}
     if series := layer_series(manifest or {}):
         images["layers"] = plot_layers(series, out / "layers.png")
+    if alignment is not None:
+        images |= alignment_plots(alignment, out)
+    if landscape is not None:
+        plane = {**landscape, "tasks": list(landscape["tasks"].values())}
+        images["landscape"] = plot_landscape(plane, list(landscape["tasks"]), out / "landscape.png")
     shown = [
         behaviour(predictions / f"{task}.parquet")
         for task in document["tasks"]
@@ -62,6 +72,8 @@ def write_report(
         images={key: _embedded(path) for key, path in images.items()},
         behaviours=shown,
         manifest=manifest,
+        alignment=alignment,
+        landscape=landscape,
         parents=parents(manifest) if manifest else [],
         treatment=treatment(manifest) if manifest else [],
         recipe=_yaml(manifest["recipe"]) if manifest else "",

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from modelweld.config import Recipe, load_params, load_recipe
+from modelweld.config.loading import rooted
 from modelweld.errors import ConfigError, DiskFull, MergeError
 from modelweld.merging.engine import Placement, Plan, build, open_inputs, place, refuse_foreign
 from modelweld.merging.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
@@ -207,7 +208,8 @@ def recipe_in(file: Path) -> Recipe:
             where=str(file),
             mend="bring them: `modelweld pin`, then `dvc repro fetch`",
         )
-    return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models})
+    align = rooted(recipe.align, root)
+    return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models, "align": align})
 
 
 def _models(recipe: Recipe) -> list[tuple[str, Any]]:

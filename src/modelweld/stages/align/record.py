@@ -105,6 +105,7 @@ def document_of(
         "proof_error": {label: float(f"{error:.0e}") for label, error in found.proofs.items()},
         "preservation_error": {label: float(f"{error:.0e}") for label, error in found.preserved.items()},
         "calibration": found.calibration,
+        "similarity": list(found.likeness),
     }
 
 
@@ -129,6 +130,7 @@ def unmoved(settings: Align, inputs: Inputs, why: str) -> Aligned:
         "proof_error": {},
         "preservation_error": {},
         "calibration": None,
+        "similarity": [],
     }
     return Aligned(inputs, document, {}, (why,))
 

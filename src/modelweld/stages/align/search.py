@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
 from modelweld.merging.engine import Inputs, Plan
+from modelweld.stages.align.likeness import likeness
 from modelweld.stages.align.members import Member, load, proved
 from modelweld.stages.align.rows import Calibration, calibration_of, call_of
 from modelweld.stages.align.scoring import Scorer
@@ -26,7 +27,8 @@ from modelweld.symmetry.view import Stored
 class Found:
     """Where units go, the alpha that was used and how it scored beside others, and how exact it all is.
 
-    `stood_in`: the curve is that of the mean, because the recipe's method takes too long to be tried.
+    `stood_in`: the curve is that of the mean, because the recipe's method takes too long to be tried. `likeness` shows
+    some groups' similarities before and after.
     """
 
     placement: Alignment | Zipped
@@ -36,6 +38,7 @@ class Found:
     calibration: Mapping[str, Any] | None
     proofs: Mapping[str, float]
     preserved: Mapping[str, float]
+    likeness: Sequence[Mapping[str, Any]]
 
 
 def search(settings: Align, plan: Plan, common: Spec, members: Sequence[Member], inputs: Inputs) -> Found:
@@ -65,10 +68,11 @@ def search(settings: Align, plan: Plan, common: Spec, members: Sequence[Member],
     else:
         alpha = settings.alpha if wants and settings.alpha != "auto" else 1.0
     placement = match(alpha)
+    shown = likeness(common, members, activations, alpha, placement) if isinstance(placement, Alignment) else []
     del models, activations, match
     preserved = _preserved(placement, members, inputs) if isinstance(placement, Alignment) else {}
     record = calibration.record if calibration else None
-    return Found(placement, alpha, curve, stood_in, record, proofs, preserved)
+    return Found(placement, alpha, curve, stood_in, record, proofs, preserved, shown)
 
 
 def _wants_activations(settings: Align) -> bool:
