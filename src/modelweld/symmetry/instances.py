@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelweld.errors import MergeError
 
 POSITIONS = 8
+IMAGE_SIZE = 64
 
 
 def instantiate(config: Any) -> nn.Module:
@@ -73,7 +74,8 @@ def example_inputs(module: nn.Module) -> dict[str, Any]:
     main = getattr(module, "main_input_name", "input_ids")
     call: dict[str, Any] = {}
     if main == "pixel_values":
-        size = config.image_size
+        # Convolutional networks take images of any size, and their configs name none.
+        size = getattr(config, "image_size", None) or IMAGE_SIZE
         height, width = (size, size) if isinstance(size, int) else size
         call["pixel_values"] = torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)
     else:
