@@ -17,6 +17,7 @@ from modelweld.checkpoints.adapter import WRAPPING
 from modelweld.config import Recipe
 from modelweld.config.methods import MethodParameters
 from modelweld.errors import ConfigError
+from modelweld.merging.engine.figures import joined
 from modelweld.merging.engine.inputs import Expert, Inputs
 from modelweld.merging.engine.packing import pack, unpack
 from modelweld.merging.low_rank import LowRank
@@ -38,6 +39,12 @@ def route_of(name: str, parameters: MethodParameters, inputs: Inputs) -> Route |
     if "factors" not in kinds:
         return "dense"
     return "factors" if chosen.low_rank and keeps_base and "whole" not in kinds else "densified"
+
+
+def ranks_of(name: str, inputs: Inputs) -> tuple[int, ...]:
+    """The rank of every expert's factors of a weight, in their order; 0 without any."""
+    pairs = [expert.adapter.pairs.get(name) if expert.adapter else None for expert in inputs.experts]
+    return tuple(pair.rank if pair else 0 for pair in pairs)
 
 
 def bytes_read(name: str, expert: Expert) -> int:
@@ -82,10 +89,12 @@ def merge_factors(
     for factor in upright:
         for part, rows in zip(parts, unpack(factor.B.unsqueeze(0), tensor.packing), strict=True):
             part.append(LowRank(rows[0], factor.A))
-    done = []
+    done, notes = [], []
     for number, part in enumerate(parts):
-        own = dataclasses.replace(context, name=f"{context.name}[{number}]")
+        own = dataclasses.replace(context, name=f"{context.name}[{number}]", notes={})
         done.append(chosen.merge_low_rank(part, parameters, weights, context=own))
+        notes.append((tensor.packing.sizes[number], own.notes))
+    context.notes.update(joined(notes))
     width, left, before = sum(factor.rank for factor in done), [], 0
     for factor in done:
         padded = torch.zeros(factor.B.shape[0], width, dtype=factor.B.dtype, device=factor.B.device)

@@ -31,11 +31,20 @@ _READ_BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class MatrixWork:
-    """Operations of a subspace method on one weight: matrix products, eigenproblems, and entries touched singly."""
+    """Operations on one weight: matrix products and QR, eigenproblems, and entries touched singly."""
 
     gemm: float
     eigh: float
     entries: float
+
+    def __add__(self, other: MatrixWork) -> MatrixWork:
+        """Both together."""
+        return MatrixWork(self.gemm + other.gemm, self.eigh + other.eigh, self.entries + other.entries)
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return self.gemm + self.eigh + self.entries
 
 
 @dataclass(frozen=True)
@@ -53,24 +62,52 @@ def flops(tensor: TensorPlan, experts: int) -> float:
     """Floating-point operations of one tensor, counted by formula."""
     if tensor.parameters is None:
         return 0.0
+    if tensor.route == "factors":
+        return factor_work(tensor, experts).total
+    dense = tensor.elements * 2.0 * sum(tensor.ranks)  # of factors made dense
     if method(tensor.parameters.method).whole_matrix:
-        work = matrix_work(tensor, experts)
-        return work.gemm + work.eigh + work.entries
-    return tensor.elements * (2.0 * experts + 2)
+        return dense + matrix_work(tensor, experts).total
+    return dense + tensor.elements * (2.0 * experts + 2)
 
 
 def matrix_work(tensor: TensorPlan, experts: int) -> MatrixWork:
-    """The operations of a Gram, eigh, projection and reconstruction over the parts of a weight."""
+    """The operations of a Gram, eigh, projection and reconstruction over the parts of a dense weight."""
     total = MatrixWork(0.0, 0.0, 0.0)
-    out, inner = reversed(tensor.shape) if tensor.transposed else tensor.shape
-    sizes = [size * tensor.packing.groups for size in tensor.packing.sizes] if tensor.packing else [out]
-    direction = getattr(tensor.parameters, "direction", "horizontal")
-    for rows in sizes:
-        n, m = (rows, inner) if direction == "horizontal" or (direction == "auto" and rows <= inner) else (inner, rows)
+    for n, m in _parts(tensor, *tensor.shape):
         side = min(n, experts * m)  # the smaller Gram serves
         gemm = 2.0 * n * experts * m * side + 2.0 * n * experts * m * side + 2.0 * n * m * side
-        total = MatrixWork(total.gemm + gemm, total.eigh + 9.0 * side**3, total.entries + float(experts * n * m))
+        total += MatrixWork(gemm, 9.0 * side**3, float(experts * n * m))
     return total
+
+
+def factor_work(tensor: TensorPlan, experts: int) -> MatrixWork:
+    """As `matrix_work` for factors (n, R) and (R, m), R all experts' ranks together, and adding the result to the base.
+
+    A subspace method takes the QR of the joined columns, works on the cores (N, R, m) and goes back to n rows; other
+    methods join the factors as they are. An adapter that stays one is never multiplied out.
+    """
+    whole = tensor.whole or tensor
+    rows, columns = whole.shape
+    rank, total = sum(tensor.ranks), MatrixWork(0.0, 0.0, 0.0)
+    parts = _parts(tensor, rows, columns)
+    if tensor.parameters is not None and method(tensor.parameters.method).whole_matrix:
+        for n, m in parts:
+            side = min(rank, n)
+            qr, cores, back = 4.0 * n * rank * side, 2.0 * side * rank * m, 2.0 * n * side * side
+            inner = 4.0 * experts * m * side * side
+            total += MatrixWork(qr + cores + inner + back, 9.0 * side**3, float(experts * side * m))
+    if tensor.whole is None:
+        total += MatrixWork(2.0 * rows * columns * rank * len(parts), 0.0, float(rows * columns))
+    return total
+
+
+def _parts(tensor: TensorPlan, rows: int, columns: int) -> list[tuple[int, int]]:
+    """(n, m) of every packed projection, turned as the method takes it: n is the side whose basis is joint."""
+    out, inner = (columns, rows) if tensor.transposed else (rows, columns)
+    sizes = [size * tensor.packing.groups for size in tensor.packing.sizes] if tensor.packing else [out]
+    direction = getattr(tensor.parameters, "direction", "horizontal")
+    upright = [direction == "horizontal" or (direction == "auto" and size <= inner) for size in sizes]
+    return [(size, inner) if whole else (inner, size) for size, whole in zip(sizes, upright, strict=True)]
 
 
 def peak_memory(plan: Plan, experts: int, threads: int, resident: int, limit: int | None) -> int:
@@ -91,11 +128,15 @@ def seconds(plan: Plan, experts: int, rates: Rates, threads: int) -> float:
     for tensor in plan.tensors:
         if tensor.parameters is None:
             continue
-        if method(tensor.parameters.method).whole_matrix:
+        if tensor.route == "factors":
+            work = factor_work(tensor, experts)
+        elif method(tensor.parameters.method).whole_matrix:
             work = matrix_work(tensor, experts)
-            compute += work.gemm / rates.gemm + work.eigh / rates.eigh + work.entries / rates.entries[tensor.parameters]
         else:
-            compute += tensor.elements / rates.entries[tensor.parameters]
+            work = MatrixWork(0.0, 0.0, float(tensor.elements))
+        made_dense = 2.0 * tensor.elements * sum(tensor.ranks) if tensor.route == "densified" else 0.0
+        compute += (work.gemm + made_dense) / rates.gemm + work.eigh / rates.eigh
+        compute += work.entries / rates.entries[tensor.parameters]
     return (plan.read_bytes / rates.read + compute) / threads + plan.write_bytes / rates.write
 
 

@@ -21,7 +21,7 @@ from modelweld.checkpoints.shards import Layout, lay_out
 from modelweld.config import Recipe
 from modelweld.config.methods import MethodParameters, Ties
 from modelweld.errors import CheckpointError, ConfigError, MergeError
-from modelweld.merging.engine.adapters import Route, bytes_read, kept_as_adapter, route_of
+from modelweld.merging.engine.adapters import Route, bytes_read, kept_as_adapter, ranks_of, route_of
 from modelweld.merging.engine.inputs import Expert, Inputs, identity, task_of
 from modelweld.merging.engine.roles import MERGEABLE, Packing, Role, packing_of, role_of
 from modelweld.merging.engine.rules import decide
@@ -53,7 +53,8 @@ class TensorPlan:
     """One output tensor. `stored` are the experts' own names for it, in their order; empty for a copy.
 
     Of a merged adapter that stays one, an output tensor is a `factor` of the merged delta of the tensor `whole`,
-    stored the other way round than the weight when `flipped`.
+    stored the other way round than the weight when `flipped`. `ranks` are those of the experts' factors, in their
+    order, 0 for one that has left the weight alone or holds it whole.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TensorPlan:
     transposed: bool = False
     packing: Packing | None = None
     route: Route = "dense"
+    ranks: tuple[int, ...] = ()
     factor: Literal["A", "B"] | None = None
     whole: TensorPlan | None = None
     flipped: bool = False
@@ -271,6 +273,7 @@ def _tensor(
         transposed=matrix and transposed,
         packing=packing_of(info.name, rows, inputs.reference.config) if matrix else None,
         route=route or "dense",
+        ranks=ranks_of(info.name, inputs) if route in ("factors", "densified") else (),
     )
 
 
