@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modelweld.config.methods import Average, Dare, Linear, MethodParameters, TaskArithmetic, Ties
-from modelweld.merging.engine.chunks import in_host_memory, on_device
+from modelweld.config.methods import Average, Dare, Linear, MethodParameters, ModelStock, Slerp, TaskArithmetic, Ties
+from modelweld.merging.engine.chunks import in_host_memory
 from modelweld.merging.engine.trimming import SAMPLE_BLOCK, sample_starts, survey
+from modelweld.merging.operands import gram
 from modelweld.merging.registry import TensorContext, method
 
-CPU = torch.device("cpu")
 LENGTH = 5000  # more than one piece of a loop, and not a whole number of them
 LABELS = ("a", "b", "c")
 
@@ -51,8 +51,9 @@ def test_a_chunk_is_merged_as_the_method_merges_it(
     stack, base = models(0, dtype)
     origin = base if method(parameters.method).needs_base else base[:0]
     compiled = in_host_memory(parameters, weights, context(), dtype, None)
-    plain = on_device(parameters, weights, context(), CPU)
-    assert torch.equal(compiled(stack, origin, 4096), plain(stack, origin, 4096))
+    operands = stack - origin if origin.numel() else stack
+    expected = method(parameters.method).merge(operands, parameters, weights, context=context(4096))
+    assert torch.equal(compiled(stack, origin, 4096), expected)
 
 
 def test_a_mean_is_the_mean() -> None:
@@ -98,3 +99,18 @@ def test_ties_over_chunks_is_ties_of_the_tensor(
     expected = method("ties").merge(stack - base, parameters, weights, context=context())
     assert torch.equal(merged, expected)
     assert passes < 6
+
+
+@pytest.mark.parametrize(
+    "parameters", [Slerp(), Slerp(t=0.3, scale=0.5), ModelStock()], ids=["slerp", "slerp_t", "model_stock"]
+)
+def test_what_hangs_on_inner_products_is_streamed(parameters: MethodParameters) -> None:
+    stack, base = models(2, torch.float32)
+    stack = stack[:2]
+    deltas = stack - base if method(parameters.method).needs_base else stack
+    products = sum((gram(deltas[:, start : start + 999]) for start in range(0, LENGTH, 999)), torch.zeros(2, 2))
+    labelled = TensorContext("layer.weight", (), LABELS[:2], finite=True)
+    origin = base if method(parameters.method).needs_base else base[:0]
+    merged = in_host_memory(parameters, [1.0, 1.0], labelled, torch.float32, products.double())(stack, origin, 0)
+    expected = method(parameters.method).merge(deltas, parameters, [1.0, 1.0], context=labelled)
+    assert torch.allclose(merged, expected, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from modelweld.errors import MergeError
-from modelweld.merging.operands import stacked
+from modelweld.merging.election import weighted_sum
+from modelweld.merging.operands import gram, stacked
 
 
 def merge(deltas: Tensor) -> Tensor:
@@ -15,14 +16,16 @@ def merge(deltas: Tensor) -> Tensor:
     that t stays within [0, 1]. float32 (float64 for float64). Raises MergeError for fewer than two models.
     """
     deltas = stacked(deltas)
-    count = deltas.shape[0]
+    return weighted_sum(deltas, shares(gram(deltas)).to(deltas.dtype))
+
+
+def shares(products: Tensor) -> Tensor:
+    """`(N,)`: t / N for each model, from the inner products `(N, N)` of the deltas, in float64."""
+    count = products.shape[0]
     if count < 2:
         raise MergeError("model_stock needs at least two models", mend="name more in `models:`")
-    flat = deltas.reshape(count, -1).double()
-    gram = flat @ flat.mT  # (N, N)
-    norms = gram.diagonal().sqrt()
+    norms = products.diagonal().sqrt()
     scale = norms[:, None] * norms
-    cosines = (gram / scale.where(scale > 0, 1)).triu(diagonal=1)
+    cosines = (products / scale.where(scale > 0, 1)).triu(diagonal=1)
     cosine = (cosines.sum() / (count * (count - 1) / 2)).clamp(0, 1)
-    share = count * cosine / (1 + (count - 1) * cosine)
-    return deltas.mean(dim=0).mul_(share.to(deltas.dtype))
+    return (cosine / (1 + (count - 1) * cosine)).expand(count)

@@ -52,6 +52,12 @@ def shares(weights: Weights | None, stack: Tensor) -> Tensor | None:
     return None if ones else c
 
 
+def gram(stack: Tensor) -> Tensor:
+    """`(N, N)`: the inner products of the models' flattened tensors, in float64."""
+    flat = stack.reshape(stack.shape[0], -1).double()
+    return flat @ flat.mT
+
+
 def require_finite(deltas: Tensor, names: Sequence[str] = ()) -> None:
     """Refuses NaN and infinities, naming the model.
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
-from modelweld.merging.operands import Weights, coefficients, stacked
+from modelweld.merging.election import weighted_sum
+from modelweld.merging.operands import Weights, coefficients, gram, stacked
 
 _PARALLEL = 1e-6  # sine below which the arc is a line to float64
 
@@ -21,14 +22,18 @@ def merge(stack: Tensor, *, t: float | None = None, weights: Weights | None = No
     stack = stacked(stack)
     if stack.shape[0] != 2:
         raise MergeError(f"slerp merges two models, not {stack.shape[0]}", mend="name exactly two in `models:`")
-    c = coefficients(weights, stack).double()
+    return weighted_sum(stack, shares(gram(stack), t=t, weights=weights).to(stack.dtype))
+
+
+def shares(products: Tensor, *, t: float | None = None, weights: Weights | None = None) -> Tensor:
+    """`(2,)`: what each model is multiplied by, from the inner products `(2, 2)` of their weights, in float64."""
+    c = coefficients(weights, products)
     share = c[1] / c.sum() if t is None else torch.full_like(c[0], t)
-    one, other = stack.reshape(2, -1).double()
-    norms = torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)
-    cosine = (one @ other / torch.where(norms > 0, norms, 1)).clamp(-1, 1)
+    norms = products.diagonal().sqrt().prod()
+    cosine = (products[0, 1] / torch.where(norms > 0, norms, 1)).clamp(-1, 1)
     angle = torch.where(norms > 0, cosine, 1).acos()
     curved = angle.sin() > _PARALLEL
     sine = torch.where(curved, angle.sin(), 1)
     first = torch.where(curved, ((1 - share) * angle).sin() / sine, 1 - share)
     second = torch.where(curved, (share * angle).sin() / sine, share)
-    return stack[0] * first.to(stack.dtype) + stack[1] * second.to(stack.dtype)
+    return torch.stack([first, second])

@@ -8,8 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modelweld.config.methods import Average, Dare, Linear, MethodParameters, Mudsc, TaskArithmetic, Ties
-from modelweld.merging import linear
+from modelweld.config.methods import (
+    Average,
+    Dare,
+    Linear,
+    MethodParameters,
+    ModelStock,
+    Mudsc,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+)
+from modelweld.merging import linear, model_stock, slerp
 from modelweld.merging.chance import stream_keys
 from modelweld.merging.dare import dropping
 from modelweld.merging.engine import kernels
@@ -34,13 +44,25 @@ def on_device(parameters: MethodParameters, weights: Weights, context: TensorCon
 
 
 def in_host_memory(
-    parameters: MethodParameters, weights: Weights, context: TensorContext, dtype: torch.dtype, known: Survey | None
+    parameters: MethodParameters,
+    weights: Weights,
+    context: TensorContext,
+    dtype: torch.dtype,
+    known: Survey | Tensor | None = None,
 ) -> Combine:
-    """The same arithmetic as `on_device`, compiled; TIES needs what was surveyed of the whole tensor."""
+    """The same arithmetic as `on_device`, compiled.
+
+    `known` is what a method has to be told of the whole tensor: TIES its survey, slerp and model_stock the inner
+    products of the models `(N, N)`.
+    """
     experts = torch.empty(len(context.experts), dtype=dtype)
     shares = coefficients(weights, experts)
     match parameters:
-        case Ties() if known is not None:
+        case Slerp() if isinstance(known, Tensor):
+            into = _weighted(slerp.shares(known, t=parameters.t, weights=weights).to(dtype))
+        case ModelStock() if isinstance(known, Tensor):
+            into = _weighted(model_stock.shares(known).to(dtype).contiguous())
+        case Ties() if isinstance(known, Survey):
             divisor = 0.0 if parameters.disjoint_mean else float(len(experts))
             into = _elected(known, shares, divisor)
         case Dare():

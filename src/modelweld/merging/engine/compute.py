@@ -1,8 +1,8 @@
 """One output tensor from the models' bytes to its own: read, check, merge, round, digest, write.
 
-Element-wise methods, TIES and copies run in chunks: every byte is read, hashed, merged and written while it is in a
-core's cache. Other methods get the whole tensor. Either way a tensor is one thread's work, in order, so that its bytes,
-digest and statistics do not depend on how many threads there are.
+Methods that look at an entry at a time, or at the whole tensor through a few numbers, run in chunks: every byte is
+read, hashed, merged and written while it is in a core's cache. Other methods get the whole tensor. Either way a tensor
+is one thread's work, in order, so that its bytes, digest and statistics do not depend on how many threads there are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.checkpoints.shards import Slot
 from modelweld.config.methods import MethodParameters, Ties
@@ -27,10 +28,11 @@ from modelweld.merging.engine.chunks import Combine, in_host_memory, on_device
 from modelweld.merging.engine.inputs import Expert, Inputs
 from modelweld.merging.engine.journal import Finished
 from modelweld.merging.engine.packing import merge_packed
-from modelweld.merging.engine.plan import TensorPlan
+from modelweld.merging.engine.plan import SURVEYED, TensorPlan
 from modelweld.merging.engine.reading import BASE, Cancelled, Hashers, Reader, require_finite
 from modelweld.merging.engine.trimming import SAMPLE_BLOCK, Survey, sample_starts, survey
 from modelweld.merging.low_rank import LowRank
+from modelweld.merging.operands import gram
 from modelweld.merging.registry import TensorContext, method
 
 __all__ = ["CHUNK", "Cancelled", "Rounding", "Target", "Worker", "chunk_elements"]
@@ -120,7 +122,7 @@ class Worker:
         if tensor.route == "factors":
             return self._from_factors(tensor, tensor.parameters, slot, out)
         # An accelerator has its own exact selection over whole tensors, without a wait for the host.
-        whole = not tensor.streamed or (self._device.type != "cpu" and isinstance(tensor.parameters, Ties))
+        whole = not tensor.streamed or (self._device.type != "cpu" and isinstance(tensor.parameters, SURVEYED))
         make = self._whole if whole else self._streamed
         return make(tensor, tensor.parameters, slot, out)
 
@@ -139,8 +141,8 @@ class Worker:
         base = self._inputs.base if method(parameters.method).needs_base else None
         hashers = {label: blake3() for label in (*self._labels, BASE)}
         surveyed, known = None, {}
-        if isinstance(parameters, Ties):
-            surveyed = self._surveyed(tensor, parameters, hashers)
+        if isinstance(parameters, SURVEYED):
+            surveyed = self._surveyed(tensor, parameters, base, hashers)
             known = _hexdigests(hashers)
         elif "seed" in type(parameters).model_fields:
             # Random streams are keyed by the experts' bytes, which have to be known before the first draw.
@@ -161,7 +163,11 @@ class Worker:
         return Finished(tensor.name, written.hexdigest(), inputs, math.sqrt(rounding.delta), rounding.survival)
 
     def _combine(
-        self, tensor: TensorPlan, parameters: MethodParameters, known: dict[str, str], surveyed: Survey | None
+        self,
+        tensor: TensorPlan,
+        parameters: MethodParameters,
+        known: dict[str, str],
+        surveyed: Survey | Tensor | None,
     ) -> Combine:
         digests = tuple(known[label] for label in self._labels) if known else ()
         context = TensorContext(tensor.name, digests, self._labels, finite=True)
@@ -169,14 +175,11 @@ class Worker:
             return in_host_memory(parameters, self._inputs.weights, context, tensor.work_dtype, surveyed)
         return on_device(parameters, self._inputs.weights, context, self._device)
 
-    def _surveyed(self, tensor: TensorPlan, parameters: Ties, hashers: Hashers) -> Survey:
-        """What TIES has to know of the whole tensor, from a pass that checks its values and hashes its bytes."""
-        base, reader = self._inputs.base, self._reader
-        blocks, passed = [], False
-        for start in sample_starts(tensor.elements):
-            count = min(SAMPLE_BLOCK, tensor.elements - start)
-            stack, origin = reader.chunk_of(tensor, base, start, count, hashers=None, check=False)
-            blocks.append(stack - origin)
+    def _surveyed(
+        self, tensor: TensorPlan, parameters: MethodParameters, base: Checkpoint | None, hashers: Hashers
+    ) -> Survey | Tensor:
+        """What the method has to know of the whole tensor; the first pass checks its values and hashes its bytes."""
+        reader, passed = self._reader, False
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal passed
@@ -185,6 +188,16 @@ class Worker:
                 seen = hashers if first else None
                 yield reader.chunk_of(tensor, base, start, count, hashers=seen, check=first)
 
+        if not isinstance(parameters, Ties):
+            products = torch.zeros(len(self._labels), len(self._labels), dtype=torch.float64)
+            for stack, origin in passes():
+                products += gram(stack if base is None else stack - origin)
+            return products
+        blocks = []
+        for start in sample_starts(tensor.elements):
+            count = min(SAMPLE_BLOCK, tensor.elements - start)
+            stack, origin = reader.chunk_of(tensor, base, start, count, hashers=None, check=False)
+            blocks.append(stack - origin)
         return survey(passes, torch.cat(blocks, dim=1), tensor.elements, parameters.density)
 
     def _whole(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:

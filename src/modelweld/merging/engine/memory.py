@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from modelweld.config.methods import Ties
 from modelweld.errors import MergeError
 from modelweld.merging.engine.plan import TensorPlan
 from modelweld.merging.registry import method
@@ -20,12 +21,15 @@ _CHUNKS = 16 * 1024 * 1024  # a streaming worker's buffers, whatever the tensor
 # in the working dtype (other methods that see a whole tensor: a trimmed copy, the masks).
 _MATRIX_FACTOR = 4.5
 _WHOLE_FACTOR = 3.0
+_OPEN_SHARE = 0.03  # of a model's entries; where one model's is, all models' are held
 
 
 def working_bytes(tensor: TensorPlan, experts: int) -> int:
     """What making this tensor is expected to take at its peak."""
     if tensor.streamed or tensor.parameters is None:
-        return _CHUNKS
+        # Between two passes TIES holds the entries near the models' thresholds.
+        held = min(1.0, _OPEN_SHARE * experts) if isinstance(tensor.parameters, Ties) else 0.0
+        return _CHUNKS + int(tensor.elements * tensor.work_dtype.itemsize * experts * held)
     if tensor.route == "factors":
         # The factors are small beside the delta, the base and the sum of both, in float64.
         shape = (tensor.whole or tensor).shape

@@ -19,7 +19,7 @@ from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.checkpoints.shards import Layout, lay_out
 from modelweld.config import Recipe
-from modelweld.config.methods import MethodParameters, Ties
+from modelweld.config.methods import MethodParameters, ModelStock, Slerp, Ties
 from modelweld.errors import CheckpointError, ConfigError, MergeError
 from modelweld.merging.engine.adapters import Route, bytes_read, kept_as_adapter, ranks_of, route_of
 from modelweld.merging.engine.inputs import Expert, Inputs, identity, task_of
@@ -45,6 +45,8 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+# Methods that depend on a whole tensor through a few numbers: one pass finds these, and then any chunk can be merged.
+SURVEYED = (Ties, Slerp, ModelStock)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -99,9 +101,8 @@ class TensorPlan:
         """Whether the tensor is worked on in cache-sized chunks rather than as a whole."""
         if self.parameters is None:
             return True
-        if isinstance(self.parameters, Ties):
-            return self.route == "dense"
-        return self.route == "dense" and method(self.parameters.method).elementwise
+        known = isinstance(self.parameters, SURVEYED) or method(self.parameters.method).elementwise
+        return self.route == "dense" and known
 
     def document(self) -> dict[str, Any]:
         """This entry for machines: `plan --json`, the manifest."""

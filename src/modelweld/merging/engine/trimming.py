@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -91,16 +92,24 @@ class _Pass:
 
     def survey(self, rank: int) -> Survey | None:
         """What the pass has found; None when a threshold lies outside its bracket."""
-        rest = np.concatenate(self._unsure, axis=1)  # (N, k)
         thresholds = self._low.copy()
         for index, (below, reached) in enumerate(self._counts.tolist()):
             if not below < rank <= reached:
                 return None
             if not self._point[index]:
-                sizes = np.abs(rest[index])
-                inside = sizes[(sizes >= self._low[index]) & (sizes < self._high[index])]
-                thresholds[index] = np.partition(inside, rank - below - 1)[rank - below - 1]
-        return Survey(thresholds, float(np.sign(self._votes + _votes(rest, thresholds))))
+                thresholds[index] = self._inside(index, rank - below)
+        # Piece by piece: together the open columns of a large tensor would be as large as a small one.
+        votes = self._votes + sum(_votes(piece, thresholds) for piece in self._unsure)
+        return Survey(thresholds, float(np.sign(votes)))
+
+    def _inside(self, index: int, position: int) -> np.floating[Any]:
+        """Of a model's magnitudes in its bracket the one at `position`, from 1, in their order."""
+        found = []
+        for piece in self._unsure:
+            sizes = np.abs(piece[index])
+            found.append(sizes[(sizes >= self._low[index]) & (sizes < self._high[index])])
+        answer: np.floating[Any] = np.partition(np.concatenate(found), position - 1)[position - 1]
+        return answer
 
 
 def _votes(deltas: Floats, thresholds: Floats) -> int:
