@@ -20,7 +20,7 @@ from modelweld.errors import MergeError
 from modelweld.symmetry.families import Family, Site, families
 from modelweld.symmetry.matching import Matrix, match, match_nested
 from modelweld.symmetry.placements import Folded, Permuted
-from modelweld.symmetry.similarity import weight_similarity
+from modelweld.symmetry.similarity import between, weight_similarity
 from modelweld.symmetry.spec import Permutations, Spec
 from modelweld.symmetry.view import Stored
 from modelweld.symmetry.zipping import Similarities, zip_units
@@ -98,7 +98,7 @@ def align(
     """Permutations that bring every model to the first one.
 
     States may be lazy (`view.Stored`): one module's weights are held at a time. `activations` holds, by group, the
-    correlation of (models · units), or of the first model's units with these; similarity is alpha · weights +
+    correlation of (models · units), or of the first model's units with all others; similarity is alpha · weights +
     (1 - alpha) · activations, and weights alone where there are none. Mode `reference` lays all weights of a unit end
     to end and leaves ties to the solver, as the paper's code does. Raises MergeError for models of different shapes.
     """
@@ -273,22 +273,24 @@ class _Search(ABC):
         )
 
     def _similarity(self, family: Family, member: str, alpha: float) -> Tensor | None:
-        known = self.activations.get(member)
-        active = None if known is None else known.double()
-        if active is not None and alpha == 0.0:
+        weights = None if alpha == 0.0 and member in self.activations else self._weights(family, member)
+        if member not in self.activations:
+            return weights
+        active = self.activations[member].double()
+        units = self.spec.identity([member])[member].numel()
+        if not self.whole and len(active) > units:
+            active = active[:units, units:]
+        if weights is None:
             return active
-        weights = self._weights(family, member)
-        if weights is None or active is None:
-            return weights if active is None else active
-        return alpha * weights + (1.0 - alpha) * active[: len(weights)]
+        # In place: for wide layers these are the largest matrices there are.
+        return weights.mul_(alpha).add_(active, alpha=1.0 - alpha)
 
     def block(self, similarity: Tensor | None, model: int) -> Matrix | None:
         """Model 0's units against those of one model."""
         if similarity is None:
             return None
-        units = similarity.shape[1] // len(self.states)
-        part = similarity[:units, model * units : (model + 1) * units]
-        return np.asarray(part.cpu().numpy(), dtype=np.float64)
+        units = similarity.shape[1] // (len(self.states) - (0 if self.whole else 1))
+        return np.asarray(between(similarity, units, model).cpu().numpy(), dtype=np.float64)
 
 
 class _Align(_Search):

@@ -13,6 +13,8 @@ from modelweld.errors import MergeError
 
 POSITIONS = 8
 IMAGE_SIZE = 64
+# For networks of convolutions, which take images of any size.
+PIXELS = 64
 
 
 def instantiate(config: Any) -> nn.Module:
@@ -74,12 +76,13 @@ def example_inputs(module: nn.Module) -> dict[str, Any]:
     main = getattr(module, "main_input_name", "input_ids")
     call: dict[str, Any] = {}
     if main == "pixel_values":
-        # Convolutional networks take images of any size, and their configs name none.
-        size = getattr(config, "image_size", None) or IMAGE_SIZE
+        size = getattr(config, "image_size", PIXELS)
         height, width = (size, size) if isinstance(size, int) else size
-        call["pixel_values"] = torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)
+        # Black images would hide what a wrong group does to the first layer.
+        shape = (2, getattr(config, "num_channels", 3), height, width)
+        call["pixel_values"] = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     else:
-        ids = torch.arange(2 * POSITIONS, device=device).reshape(2, POSITIONS)
+        ids = (torch.arange(2 * POSITIONS, device=device) % config.vocab_size).reshape(2, POSITIONS)
         call["input_ids"] = ids
         call["attention_mask"] = torch.ones(2, POSITIONS, dtype=torch.long, device=device)
         if getattr(config, "is_encoder_decoder", False):

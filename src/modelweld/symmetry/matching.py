@@ -38,8 +38,10 @@ def match(similarity: Matrix, *, stay: bool = True) -> tuple[Indices, float]:
     """
     _check(similarity)
     units = len(similarity)
-    scale = float(np.abs(similarity).max(initial=0.0)) or 1.0
-    _, columns = linear_sum_assignment(similarity + stay * STAY * scale * np.eye(units), maximize=True)
+    scale = max(float(similarity.max(initial=0.0)), -float(similarity.min(initial=0.0))) or 1.0
+    weighed = similarity.copy()
+    np.einsum("ii->i", weighed)[:] += stay * STAY * scale
+    _, columns = linear_sum_assignment(weighed, maximize=True)
     return columns.astype(np.int64), float(similarity[np.arange(units), columns].mean())
 
 

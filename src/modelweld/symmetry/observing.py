@@ -7,10 +7,13 @@ units in. Groups that nothing linear reads (the insides of queries and keys) are
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from modelweld.symmetry.similarity import Activations
 from modelweld.symmetry.spec import Piece, Spec, length, pieces
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
+# A group, and at which of the tensors that hold it, in their order.
+Seen = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -58,33 +63,73 @@ def places(model: nn.Module, spec: Spec) -> list[Place]:
 
 
 def observe(
-    models: Sequence[nn.Module], spec: Spec, batches: Iterable[Batch], *, whole: bool = True
-) -> dict[str, Tensor]:
+    models: Sequence[nn.Module],
+    spec: Spec,
+    batches: Iterable[Batch],
+    *,
+    whole: bool = True,
+    scratch: Path | None = None,
+) -> Mapping[str, Tensor]:
     """By group, the correlation of (models · units) over all batches, for `align` and `zip_models`.
 
-    Without `whole`, only the first model's units are correlated with all, which is what `align` takes: a small part of
-    the memory. A group seen at several places has the mean of their correlations, one vote a place. Positions that an
-    `attention_mask` hides are left out. Every model sees the same batches; one batch of activations is held at a time.
-    Raises MergeError for activations that are not finite and for an empty calibration set.
+    Without `whole`, only the first model's units are correlated, with all others, which is what `align` takes: a small
+    part of the memory. With a `scratch` folder the sums are kept there, and one group's correlation is made when it is
+    asked for; it has to stay until the last one was. A group seen at several places has the mean of their correlations,
+    one vote a place. Positions that an `attention_mask` hides are left out. Every model sees the same batches; one
+    batch of activations is held at a time. Raises MergeError for activations that are not finite (naming the module
+    that they come from) and for an empty calibration set.
     """
     chosen = places(models[0], spec)
-    gathered: dict[tuple[str, int], Activations] = {}
-    with torch.inference_mode():
-        for batch in batches:
-            seen = [_watch(model, chosen, batch) for model in models]
-            for key in seen[0]:
-                if any(key not in other for other in seen):
-                    raise MergeError("is seen in one model only", where=key[0], mend="align models of one architecture")
-                rows = None if whole else len(seen[0][key])
-                gathered.setdefault(key, Activations(rows)).add(torch.cat([one[key] for one in seen]))
+    gathered: dict[Seen, Activations] = {}
+
+    def add(seen: Seen, parts: Sequence[Tensor]) -> None:
+        if seen not in gathered:
+            file = None if scratch is None else scratch / f"{len(gathered)}.sums"
+            gathered[seen] = Activations(None if whole else len(parts[0]), file)
+        try:
+            gathered[seen].add(torch.cat(list(parts)))
+        except MergeError as error:
+            raise MergeError(error.what, where=f"the units of {seen[0]}", mend=error.mend) from error
+
+    for batch in batches:
+        _together(models, chosen, batch, add)
     if chosen and not gathered:
         raise MergeError("the calibration set is empty", mend="give a few hundred rows")
-    correlations: dict[str, Tensor] = {}
-    seen_at = Counter(group for group, _ in gathered)
-    for key in list(gathered):
-        found = gathered.pop(key).correlation().div_(seen_at[key[0]])
-        correlations[key[0]] = correlations[key[0]] + found if key[0] in correlations else found
-    return correlations
+    found = Observed(gathered)
+    return found if scratch is not None else found.held()
+
+
+class Observed(Mapping[str, Tensor]):
+    """Correlations by group, each made from its sums when it is asked for."""
+
+    def __init__(self, gathered: Mapping[Seen, Activations]) -> None:
+        self._sums: dict[str, list[Activations]] = {}
+        for (group, _), sums in gathered.items():
+            self._sums.setdefault(group, []).append(sums)
+
+    def __getitem__(self, group: str) -> Tensor:
+        first, *others = self._sums[group]
+        mean = first.correlation()
+        for other in others:
+            mean += other.correlation()
+        return mean.div_(1 + len(others))
+
+    def __contains__(self, group: object) -> bool:
+        return group in self._sums
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def held(self) -> dict[str, Tensor]:
+        """All of them, the sums let go of one by one."""
+        made: dict[str, Tensor] = {}
+        for group in list(self._sums):
+            made[group] = self[group]
+            del self._sums[group]
+        return made
 
 
 def _takes_units_in(module: nn.Module) -> bool:
@@ -94,20 +139,68 @@ def _takes_units_in(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _watch(model: nn.Module, chosen: Sequence[Place], batch: Batch) -> dict[tuple[str, int], Tensor]:
-    """One forward: the activations of each place as (units, samples), keyed by group and order of appearance."""
-    found: dict[tuple[str, int], Tensor] = {}
-    taken: dict[str, list[Tensor]] = {}
+class _Meeting:
+    """Where the models wait for each other at every place, so that only one place's activations are in memory."""
+
+    def __init__(self, models: int, add: Callable[[Seen, Sequence[Tensor]], None]) -> None:
+        self._add = add
+        self._arrived: list[tuple[Seen | None, Tensor]] = [(None, torch.empty(0))] * models
+        self._barrier = Barrier(models, self._take)
+
+    def arrive(self, model: int, seen: Seen | None, value: Tensor) -> None:
+        self._arrived[model] = (seen, value)
+        self._barrier.wait()
+
+    def give_up(self) -> None:
+        self._barrier.abort()
+
+    def _take(self) -> None:
+        first = self._arrived[0][0]
+        other = next((seen for seen, _ in self._arrived if seen != first), first)
+        if other != first:
+            name = (first or other or ("", 0))[0]
+            raise MergeError("is not seen in all models", where=name, mend="align models of one architecture")
+        if first is not None:
+            parts, self._arrived = [value for _, value in self._arrived], [(None, torch.empty(0))] * len(self._arrived)
+            self._add(first, parts)
+
+
+def _together(
+    models: Sequence[nn.Module], chosen: Sequence[Place], batch: Batch, add: Callable[[Seen, Sequence[Tensor]], None]
+) -> None:
+    """Run all models on a batch side by side, and `add` what they do at each place they come to."""
+    meeting = _Meeting(len(models), add)
+
+    def run(number: int) -> None:
+        try:
+            _watch(models[number], chosen, batch, lambda seen, value: meeting.arrive(number, seen, value))
+            meeting.arrive(number, None, torch.empty(0))
+        except BaseException:
+            # The others must not wait for what never comes.
+            meeting.give_up()
+            raise
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        running = [pool.submit(run, number) for number in range(len(models))]
+    errors = [error for error in (one.exception() for one in running) if error is not None]
+    told = [error for error in errors if not isinstance(error, BrokenBarrierError)]
+    if errors:
+        raise (told or errors)[0]
+
+
+def _watch(model: nn.Module, chosen: Sequence[Place], batch: Batch, tell: Callable[[Seen, Tensor], None]) -> None:
+    """One forward that tells the activations of each place, as (units, samples), in order of appearance."""
+    taken: dict[str, list[ref[Tensor]]] = {}
     args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((), dict(batch))
     mask = kwargs.get("attention_mask")
 
     def keep(place: Place, module: nn.Module, value: Any) -> None:
         known = taken.setdefault(place.group, [])
         # Queries, keys and values read one and the same tensor: it has one vote.
-        if isinstance(value, Tensor) and not any(value is other for other in known):
-            known.append(value)
+        if isinstance(value, Tensor) and not any(value is other() for other in known):
+            known.append(ref(value))
             axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else value.ndim - 1
-            found[place.group, len(known) - 1] = _units(value, axis, place, mask)
+            tell((place.group, len(known) - 1), _units(value, axis, place, mask))
 
     handles = []
     for place in chosen:
@@ -117,11 +210,11 @@ def _watch(model: nn.Module, chosen: Sequence[Place], batch: Batch) -> dict[tupl
         else:
             handles.append(module.register_forward_hook(lambda m, _, output, p=place: keep(p, m, output)))
     try:
-        model(*args, **kwargs)
+        with torch.inference_mode():
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def _units(value: Tensor, axis: int, place: Place, mask: Tensor | None) -> Tensor:

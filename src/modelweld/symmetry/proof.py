@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modelweld.errors import MergeError
 from modelweld.symmetry.instances import answers
-from modelweld.symmetry.spec import Permutations, Spec
+from modelweld.symmetry.spec import Permutations, Spec, moves
 
 TOLERANCE = 1e-4
 
@@ -39,23 +39,37 @@ def prove(model: nn.Module, spec: Spec, inputs: Mapping[str, Any] | tuple[Any, .
 def output_error(
     model: nn.Module, spec: Spec, inputs: Mapping[str, Any] | tuple[Any, ...], permutations: Permutations
 ) -> float:
-    """How far these permutations move the model's outputs, relative to the largest."""
-    before = _outputs(model, inputs, None)
-    # Tied tensors are given once: they are one object in the model.
-    unique = dict(model.named_parameters()) | dict(model.named_buffers())
-    moved = spec.apply(unique, permutations)
-    after = _outputs(model, inputs, moved)
+    """How far these permutations move the model's outputs, relative to the largest.
+
+    The model itself is permuted, tensor by tensor, and then put back: no second copy of it is made.
+    """
+    before = _outputs(model, inputs)
+    _permute(model, spec, permutations)
+    try:
+        after = _outputs(model, inputs)
+    finally:
+        _permute(model, spec, spec.invert(permutations))
     worst = 0.0
     for a, b in zip(before, after, strict=True):
+        if not torch.isfinite(a).all():
+            raise MergeError(
+                "its outputs are not finite, so nothing can be proved on them",
+                where=type(model).__name__,
+                mend="look for NaN or infinite weights: `modelweld stage validate` names the tensor",
+            )
         scale = a.abs().max().clamp(min=1e-12)
-        worst = max(worst, float((a - b).abs().max() / scale))
+        worst = max(worst, float((a - b).abs().max().nan_to_num(nan=torch.inf) / scale))
     return worst
 
 
-def _outputs(
-    model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], state: dict[str, Tensor] | None
-) -> list[Tensor]:
+def _permute(model: nn.Module, spec: Spec, permutations: Permutations) -> None:
+    # Tied tensors come once: they are one object in the model.
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in spec.axes and moves(spec.axes[name]):
+            tensor.data.copy_(spec.apply_to(name, tensor.data, permutations))
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> list[Tensor]:
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
-    with torch.no_grad():
-        found = model(*args, **kwargs) if state is None else torch.func.functional_call(model, state, args, kwargs)
-    return [value.float() for value in answers(found).values()]
+    with torch.inference_mode():
+        return [value.float().clone() for value in answers(model(*args, **kwargs)).values()]

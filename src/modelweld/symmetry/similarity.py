@@ -8,27 +8,38 @@ the paper's variant, where all features are laid end to end. Source: MuDSC, arXi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from modelweld.checkpoints.shards import disk_errors
 from modelweld.errors import MergeError
 from modelweld.symmetry.families import Family, Placement, Site, view
 
 # Two or fewer numbers a unit (a norm's gain and bias) correlate to plus or minus one whatever they are.
 LEAST_FEATURES = 3
+# How much of the sums is in memory at a time, and of how many samples.
+STRIP_BYTES, SAMPLES = 1 << 25, 2048
 
 
 def correlate(features: Tensor, rows: int | None = None) -> Tensor:
-    """Pearson correlation of rows: all with all, or only the first `rows` with all.
+    """Pearson correlation of rows: all with all, or only the first `rows` with all others.
 
     Rows that never vary correlate with nothing.
     """
     centred = features - features.mean(dim=1, keepdim=True)
     norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     scaled = centred.div_(norms.clamp(min=torch.finfo(features.dtype).tiny)).masked_fill_(norms == 0, 0.0)
-    return scaled[:rows] @ scaled.T
+    return scaled[:rows] @ scaled[rows:].T
+
+
+def between(similarity: Tensor, units: int, model: int) -> Tensor:
+    """The first model's units against those of another one, out of either form: (units, units)."""
+    start = (model if len(similarity) > units else model - 1) * units
+    return similarity[:units, start : start + units]
 
 
 def weight_similarity(
@@ -43,8 +54,8 @@ def weight_similarity(
 ) -> Tensor | None:
     """Correlation of a member's units by weights, or None where it lies on no tensor.
 
-    The shape is (models · units, models · units), or without `whole` (units, models · units): the first model's with
-    all. `sites` are those that are looked at, by default all. One module's weights are in memory at a time.
+    The shape is (models · units, models · units), or without `whole` (units, (models - 1) · units): the first model's
+    with the others'. `sites` are those that are looked at, by default all. One module's weights are in memory at once.
     """
     modules: dict[tuple[str, bool], list[Site]] = {}
     for site in family.of(member) if sites is None else sites:
@@ -71,38 +82,90 @@ class Activations:
     """Correlation of unit activations, accumulated batch by batch in float64 around a shift.
 
     Raw second moments lose all digits where the mean is large against the spread; shifting by the first batch's mean
-    keeps them. With `rows`, only that many units, the first model's, are correlated with all.
+    keeps them. With `rows`, only that many units, the first model's, are correlated, with all others. The sums of
+    products are kept in `file` where one is given, of which a strip is in memory at a time.
     """
 
-    def __init__(self, rows: int | None = None) -> None:
-        self._rows = rows
+    def __init__(self, rows: int | None = None, file: Path | None = None) -> None:
+        self._rows, self._file = rows, file
         self._shift: Tensor | None = None
         self._sum = torch.zeros(())
         self._squares = torch.zeros(())
-        self._products = torch.zeros(())
+        self._products: Sums | None = None
         self._count = 0
 
     def add(self, batch: Tensor) -> None:
         """`batch` has shape (models · units, samples); raises MergeError when it is not finite."""
-        values = batch.double()
-        if not torch.isfinite(values).all():
+        if not torch.isfinite(batch).all():
             raise MergeError("an activation is not finite", mend="look for overflow in the experts, or mask the row")
-        if self._shift is None:
-            self._shift = values.mean(dim=1, keepdim=True)
-            self._sum = torch.zeros(len(values), 1, dtype=torch.float64)
-            self._squares = torch.zeros(len(values), dtype=torch.float64)
-            self._products = torch.zeros(len(values[: self._rows]), len(values), dtype=torch.float64)
-        shifted = values - self._shift
-        self._sum += shifted.sum(dim=1, keepdim=True)
-        self._squares += (shifted * shifted).sum(dim=1)
-        self._products += shifted[: self._rows] @ shifted.T
-        self._count += values.shape[1]
+        if self._products is None or self._shift is None:
+            units = len(batch)
+            self._shift = batch.mean(dim=1, keepdim=True, dtype=torch.float64)
+            self._sum = torch.zeros(units, 1, dtype=torch.float64)
+            self._squares = torch.zeros(units, dtype=torch.float64)
+            rows = units if self._rows is None else self._rows
+            self._products = Sums(rows, units if self._rows is None else units - rows, self._file)
+        shift = self._shift
+        parts = [batch[:, start : start + SAMPLES] for start in range(0, batch.shape[1], SAMPLES)]
+        for part in parts:
+            shifted = part.double().sub_(shift)
+            self._sum += shifted.sum(dim=1, keepdim=True)
+            self._squares += torch.linalg.vecdot(shifted, shifted)
+
+        def accumulate(start: int, strip: Tensor) -> None:
+            for part in parts:
+                left = part[start : start + len(strip)].double().sub_(shift[start : start + len(strip)])
+                right = part[self._rows :].double().sub_(shift[self._rows :])
+                strip.addmm_(left, right.T)
+
+        self._products.change(accumulate)
+        self._count += batch.shape[1]
 
     def correlation(self) -> Tensor:
-        """(models · units, models · units); raises MergeError without at least two samples."""
-        if self._count < 2:
+        """The correlation of all that was added; raises MergeError without at least two samples."""
+        if self._products is None or self._count < 2:
             raise MergeError("no activations to correlate", mend="give a calibration set of a few hundred rows")
-        covariance = self._products - self._sum[: self._rows] @ self._sum.T / self._count
         deviation = (self._squares - self._sum[:, 0] ** 2 / self._count).clamp(min=0).sqrt()
-        scale = deviation[: self._rows, None] * deviation
-        return torch.where(scale > 0, covariance / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0.0)
+        others, summed = deviation[self._rows :], self._sum[self._rows :]
+        found = self._products.read()
+        # Covariance, then correlation, in place: these matrices are the largest there are.
+        found.addmm_(self._sum[: len(found)], summed.T, alpha=-1.0 / self._count)
+        return found.mul_(_inverse(deviation[: len(found), None])).mul_(_inverse(others))
+
+
+def _inverse(deviation: Tensor) -> Tensor:
+    return torch.where(deviation > 0, 1.0 / deviation, 0.0)
+
+
+class Sums:
+    """A matrix of sums in float64, in memory or in a file."""
+
+    def __init__(self, rows: int, columns: int, file: Path | None) -> None:
+        self._shape, self._file = (rows, columns), file
+        self._held = torch.zeros((rows, columns) if file is None else 0, dtype=torch.float64)
+        if file is not None:
+            with disk_errors(file), file.open("wb") as made:
+                made.truncate(8 * rows * columns)
+
+    def change(self, change: Callable[[int, Tensor], None]) -> None:
+        """Call `change` with the first row's number and a strip of rows, which it alters in place, for all strips."""
+        if self._file is None:
+            change(0, self._held)
+            return
+        rows, columns = self._shape
+        strip = max(1, STRIP_BYTES // max(1, 8 * columns))
+        with disk_errors(self._file), self._file.open("r+b", buffering=0) as opened:
+            for start in range(0, rows, strip):
+                count = min(strip, rows - start)
+                opened.seek(8 * start * columns)
+                held = np.fromfile(opened, np.float64, count * columns).reshape(count, columns)
+                change(start, torch.from_numpy(held))
+                opened.seek(8 * start * columns)
+                held.tofile(opened)
+
+    def read(self) -> Tensor:
+        """A copy of the whole matrix."""
+        if self._file is None:
+            return self._held.clone()
+        with disk_errors(self._file):
+            return torch.from_numpy(np.fromfile(self._file, np.float64)).reshape(self._shape)

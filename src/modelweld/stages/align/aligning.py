@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe
 from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
@@ -13,6 +17,7 @@ from modelweld.stages.align.members import base_member, members_of, moves
 from modelweld.stages.align.record import Aligned, document_of, note_of, places_of, unmoved, with_warnings
 from modelweld.stages.align.search import search
 from modelweld.stages.align.views import placed_inputs
+from modelweld.stages.symmetry import CACHE
 
 
 def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
@@ -48,10 +53,22 @@ def _matched(recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: 
                 mend="use mode: align, or a method that needs no base",
             )
         members.insert(0, base_member(inputs, common, experts[0]))
-    found = search(settings, plan, common, members, inputs)
+    with _scratch(root) as scratch:
+        found = search(settings, plan, common, members, inputs, scratch)
     document = document_of(settings, recipe.method_name, common, members, found)
     views = placed_inputs(inputs, members, found.placement.placed)
     return Aligned(views, document, places_of(members, found), (note_of(document),))
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder for what the search puts down, gone with it: beside the other caches, since it can be large."""
+    home = root / CACHE.parts[0]
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        made = TemporaryDirectory(prefix="align-", dir=home)
+    with made as name:
+        yield Path(name)
 
 
 def _reads_base(plan: Plan, inputs: Inputs, moved: frozenset[str]) -> bool:

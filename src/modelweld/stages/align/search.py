@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,10 +42,13 @@ class Found:
     likeness: Sequence[Mapping[str, Any]]
 
 
-def search(settings: Align, plan: Plan, common: Spec, members: Sequence[Member], inputs: Inputs) -> Found:
-    """The alignment of `members`. With calibration rows all models are in memory at once, else one after the other.
+def search(
+    settings: Align, plan: Plan, common: Spec, members: Sequence[Member], inputs: Inputs, scratch: Path
+) -> Found:
+    """The alignment of `members`. Models that calibration rows are run on are in memory together, others one by one.
 
-    Raises ConfigError for rows that the settings need and do not name, MergeError for a symmetry that does not hold.
+    What the rows showed is kept in `scratch` until the units are matched. Raises ConfigError for rows that the settings
+    need and do not name, MergeError for a symmetry that does not hold.
     """
     wants = _wants_activations(settings)
     calibration = calibration_of(settings, inputs) if wants else None
@@ -56,7 +60,10 @@ def search(settings: Align, plan: Plan, common: Spec, members: Sequence[Member],
         if calibration is not None:
             models.append(model)
         del model
-    activations = _observed(settings, members, models, calibration) if calibration is not None else {}
+    activations = _observed(settings, members, models, calibration, scratch) if calibration is not None else {}
+    if settings.alpha != "auto":
+        # Only a search for alpha runs them again.
+        models.clear()
     match = _matcher(settings, common, members, activations)
     curve, stood_in = None, False
     if settings.alpha == "auto" and calibration is not None:
@@ -102,8 +109,8 @@ def _matcher(
 
 
 def _observed(
-    settings: Align, members: Sequence[Member], models: Sequence[nn.Module], calibration: Calibration
-) -> dict[str, Tensor]:
+    settings: Align, members: Sequence[Member], models: Sequence[nn.Module], calibration: Calibration, scratch: Path
+) -> Mapping[str, Tensor]:
     first = members[0]
     for member, model in zip(members, models, strict=True):
         if type(model) is not type(models[0]):
@@ -113,7 +120,7 @@ def _observed(
                 mend="align by weights alone: space: weights",
             )
     calls = [call_of(models[0], batch) for batch in calibration.batches]
-    return observe(models, first.spec, calls, whole=settings.mode == "zip")
+    return observe(models, first.spec, calls, whole=settings.mode == "zip", scratch=scratch)
 
 
 def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> dict[str, float]:
