@@ -162,7 +162,8 @@ def _tensor(tensor: TensorPlan, entry: Finished) -> dict[str, Any]:
     document = tensor.document()
     del document["name"]
     document |= {"digest": entry.digest, "delta_survival": entry.survival, "delta_norm": entry.delta_norm}
-    return document
+    # Smaller blocks change no byte, and how much memory was free is no part of what a merge is.
+    return document | dict(entry.figures) | ({"device": "cpu"} if entry.fallback == "cpu" else {})
 
 
 def _parents(

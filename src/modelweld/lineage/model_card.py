@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -118,12 +118,26 @@ def _public_name(label: str, entry: Mapping[str, Any]) -> str:
 
 
 def _treatment(manifest: Mapping[str, Any]) -> list[str]:
-    counts = Counter(
-        (entry["method"] or "copied from the base", entry["role"]) for entry in manifest["tensors"].values()
-    )
-    lines = [f"{count} {role} tensors: {how}" for (how, role), count in sorted(counts.items())]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in manifest["tensors"].values():
+        groups[entry["method"] or "copied from the base", entry["role"]].append(entry)
+    lines = [f"{len(own)} {role} tensors: {how}{_figures(own)}" for (how, role), own in sorted(groups.items())]
     lines += [f"head of {task}: kept from {head['model']}" for task, head in sorted(manifest["heads"].items())]
     return lines + _alignment(manifest) + [f"note: {note}" for note in manifest["notes"]]
+
+
+def _figures(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """What the method says of these tensors: ranks, shares (their means), directions."""
+    told = []
+    ranks = [entry["rank"] for entry in tensors if "rank" in entry]
+    if ranks:
+        told.append(f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}")
+    for key, words in (("kept_share", "of the entries kept"), ("sign_conflicts", "of these outvoted")):
+        shares = [entry[key] for entry in tensors if key in entry]
+        if shares:
+            told.append(f"{sum(shares) / len(shares):.1%} {words}")
+    told += sorted({entry["direction"] for entry in tensors if "direction" in entry})
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _alignment(manifest: Mapping[str, Any]) -> list[str]:

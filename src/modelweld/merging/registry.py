@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -41,6 +41,9 @@ from modelweld.merging.chance import stream_keys
 from modelweld.merging.low_rank import LowRank, require_finite_factors
 from modelweld.merging.operands import Weights, require_finite
 
+# A number that may still be in the making on a device, or a word.
+Note: TypeAlias = "Tensor | float | int | str"
+
 P = TypeVar("P", bound=MethodParameters)
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -50,9 +53,10 @@ Y = TypeVar("Y")
 class TensorContext:
     """Which tensor this is, for seeds and errors; `expert_digests` and `experts` are in the models' order.
 
-    A method leaves in `notes` what a report wants to know of this tensor: DRM its `rank` (a 0-d tensor, not yet waited
-    for) and the `direction` that `auto` became. `kept` is there when the same tensor is merged again with other
-    parameters: a method keeps in it what does not depend on them.
+    A method leaves in `notes` what a report wants to know of this tensor, as 0-d tensors that are not waited for: the
+    `rank` of its basis, the `kept_share` of the entries that pruning leaves, `sign_conflicts`, the share of those that
+    the election then discards, and the `direction` that `auto` became. `kept` is there when the same tensor is merged
+    again with other parameters: a method keeps in it what does not depend on them.
     """
 
     name: str
@@ -61,7 +65,7 @@ class TensorContext:
     base: Tensor | None = None
     offset: int = 0  # of a flat chunk inside its tensor
     finite: bool = False  # the caller has already seen that every value is finite
-    notes: dict[str, Tensor | str] = field(default_factory=dict, compare=False)
+    notes: dict[str, Note] = field(default_factory=dict, compare=False)
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
 
 
@@ -196,7 +200,7 @@ def _drm(deltas: Tensor, p: config.Drm, weights: Weights, context: TensorContext
         p, context, lambda: drm.factorise(deltas, direction=p.direction, rank_tolerance=p.rank_tolerance)
     )
     _note_basis(basis, context)
-    return drm.finish(basis, drop_rate=p.drop_rate, weights=weights, disjoint_mean=p.disjoint_mean)
+    return drm.finish(basis, drop_rate=p.drop_rate, weights=weights, disjoint_mean=p.disjoint_mean, notes=context.notes)
 
 
 def _kept_basis(p: config.Drm, context: TensorContext, factorise: Callable[[], drm.DrmBasis]) -> drm.DrmBasis:
@@ -281,7 +285,9 @@ def _drm_low_rank(factors: Sequence[LowRank], p: config.Drm, weights: Weights, c
         p, context, lambda: drm.factorise_low_rank(factors, direction=p.direction, rank_tolerance=p.rank_tolerance)
     )
     _note_basis(basis, context)
-    return drm.finish_low_rank(basis, drop_rate=p.drop_rate, weights=weights, disjoint_mean=p.disjoint_mean)
+    return drm.finish_low_rank(
+        basis, drop_rate=p.drop_rate, weights=weights, disjoint_mean=p.disjoint_mean, notes=context.notes
+    )
 
 
 def _knots_low_rank(factors: Sequence[LowRank], p: config.Knots, weights: Weights, context: TensorContext) -> LowRank:

@@ -217,7 +217,7 @@ def report_of(
         resumed=execution.resumed,
         heads=tuple(head.task for head in plan.heads),
         left_out=plan.left_out,
-        notes=plan.notes,
+        notes=(*plan.notes, *execution.notes),
         delta_survival=document["delta_survival"],
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,

@@ -23,6 +23,7 @@ from modelweld.merging import linear, model_stock, slerp
 from modelweld.merging.chance import stream_keys
 from modelweld.merging.dare import dropping
 from modelweld.merging.engine import kernels
+from modelweld.merging.engine.lane import Lane
 from modelweld.merging.engine.trimming import Survey
 from modelweld.merging.operands import Weights, coefficients
 from modelweld.merging.registry import TensorContext, method
@@ -31,14 +32,37 @@ from modelweld.merging.registry import TensorContext, method
 Combine = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def on_device(parameters: MethodParameters, weights: Weights, context: TensorContext, device: torch.device) -> Combine:
-    """The method's own function, where `device` is; the chunk comes from host memory and its result goes there."""
+def on_device(parameters: MethodParameters, weights: Weights, context: TensorContext, lane: Lane) -> Combine:
+    """The method's own function at the end of a lane; the result is there when its flight has landed.
+
+    Where the device's memory runs out the chunk is merged in smaller blocks, which gives the same.
+    """
     chosen = method(parameters.method)
 
+    def launch(stack: Tensor, origin: Tensor, start: int) -> Tensor:
+        there = torch.empty(stack.shape, dtype=stack.dtype, device=lane.device)
+        for row, values in zip(there, stack, strict=True):
+            row.copy_(values, non_blocking=True)
+        if origin.numel():
+            there -= lane.send(origin)
+        return chosen.merge(there, parameters, weights, context=replace(context, offset=start))
+
     def combine(stack: Tensor, origin: Tensor, start: int) -> Tensor:
-        there = stack.to(device)
-        deltas = there - origin.to(device) if origin.numel() else there
-        return chosen.merge(deltas, parameters, weights, context=replace(context, offset=start)).cpu()
+        count, done = stack.shape[1], 0
+        merged = lane.room(count, dtype=stack.dtype)
+        with lane.issuing():
+            while done < count:
+                stop = min(done + lane.block, count)
+                try:
+                    part = launch(stack[:, done:stop], origin[done:stop], start + done)
+                    merged[done:stop].copy_(part, non_blocking=True)
+                except torch.OutOfMemoryError:
+                    size = stop - done
+                else:
+                    done = stop
+                    continue
+                lane.shrink(size)
+        return merged
 
     return combine
 
@@ -74,7 +98,7 @@ def in_host_memory(
         case Average() | Mudsc():
             into = _weighted(linear.normalized(torch.ones_like(experts), None))
         case _:
-            return on_device(parameters, weights, context, torch.device("cpu"))
+            return on_device(parameters, weights, context, Lane(torch.device("cpu")))
     scale = parameters.scale
 
     def combine(stack: Tensor, origin: Tensor, start: int) -> Tensor:

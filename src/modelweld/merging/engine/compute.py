@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from blake3 import blake3
@@ -25,8 +25,11 @@ from modelweld.config.methods import MethodParameters, Ties
 from modelweld.errors import MergeError
 from modelweld.merging.engine.adapters import factors_of, merge_factors, stored_factor
 from modelweld.merging.engine.chunks import Combine, in_host_memory, on_device
+from modelweld.merging.engine.figures import figures
 from modelweld.merging.engine.inputs import Expert, Inputs
 from modelweld.merging.engine.journal import Finished
+from modelweld.merging.engine.lane import CHUNK as DEVICE_CHUNK
+from modelweld.merging.engine.lane import Lane
 from modelweld.merging.engine.packing import merge_packed
 from modelweld.merging.engine.plan import SURVEYED, TensorPlan
 from modelweld.merging.engine.reading import BASE, Cancelled, Hashers, Reader, require_finite
@@ -40,7 +43,9 @@ __all__ = ["CHUNK", "Cancelled", "Rounding", "Target", "Worker", "chunk_elements
 _CACHE = 1 << 23  # bytes that a thread's chunk of all models may take
 _ROWS = 4  # of a chunk beside the experts': the base, the result, and two on the way
 CHUNK = 1 << 16  # elements of the final pass over a whole tensor
-_DEVICE_CHUNK = 1 << 24  # elements: an accelerator wants fewer, larger pieces
+
+
+R = TypeVar("R")
 
 
 class Target(Protocol):
@@ -82,12 +87,16 @@ def chunk_elements(experts: int) -> int:
 
 @dataclass
 class _Shared:
-    """A whole tensor's inputs as they were read, their digests, and what a method keeps for other parameters."""
+    """A whole tensor's inputs as they were read, their digests, and what a method keeps for other parameters.
+
+    `fallback` is set when the device could not hold what the tensor takes.
+    """
 
     origin: Tensor | None = None
     stack: Tensor | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     kept: dict[Hashable, Any] = field(default_factory=dict)
+    fallback: Literal["cpu"] | None = None
 
 
 class Worker:
@@ -98,9 +107,9 @@ class Worker:
     ) -> None:
         self._inputs = inputs
         self._labels = tuple(expert.label for expert in inputs.experts)
-        self._device = device
-        chunk = chunk_elements(len(inputs.experts)) if device.type == "cpu" else _DEVICE_CHUNK
-        self._reader = Reader(inputs, stop, advance, chunk)
+        self._lane, self._host = Lane(device), Lane(torch.device("cpu"))
+        chunk = DEVICE_CHUNK if self._lane.moves else chunk_elements(len(inputs.experts))
+        self._reader = Reader(inputs, stop, advance, chunk, self._lane)
         self._shared: _Shared | None = None
 
     @contextlib.contextmanager
@@ -122,7 +131,7 @@ class Worker:
         if tensor.route == "factors":
             return self._from_factors(tensor, tensor.parameters, slot, out)
         # An accelerator has its own exact selection over whole tensors, without a wait for the host.
-        whole = not tensor.streamed or (self._device.type != "cpu" and isinstance(tensor.parameters, SURVEYED))
+        whole = not tensor.streamed or (self._lane.moves and isinstance(tensor.parameters, SURVEYED))
         make = self._whole if whole else self._streamed
         return make(tensor, tensor.parameters, slot, out)
 
@@ -148,19 +157,24 @@ class Worker:
             # Random streams are keyed by the experts' bytes, which have to be known before the first draw.
             known = self._reader.digests(tensor, base)
         combine = self._combine(tensor, parameters, known, surveyed)
+
+        def merged_pieces() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for start, count in self._reader.pieces(tensor.elements):
+                stack, origin = self._reader.chunk_of(
+                    tensor, base, start, count, hashers=None if known else hashers, check=surveyed is None
+                )
+                yield start, origin, combine(stack, origin, start)
+
         written, rounding = blake3(), Rounding()
-        for start, count in self._reader.pieces(tensor.elements):
-            stack, origin = self._reader.chunk_of(
-                tensor, base, start, count, hashers=None if known else hashers, check=surveyed is None
-            )
-            merged = combine(stack, origin, start)
+        for start, origin, merged in _ahead(merged_pieces()) if self._lane.moves else merged_pieces():
+            self._lane.land()
             exact = merged if base is None else origin.add_(merged)
             self._finish(merged, exact, base is not None, tensor, slot, start, out, written, rounding)
         inputs = known or _hexdigests(hashers)
         if base is None:
             inputs = {label: inputs[label] for label in self._labels}
-            return Finished(tensor.name, written.hexdigest(), inputs)
-        return Finished(tensor.name, written.hexdigest(), inputs, math.sqrt(rounding.delta), rounding.survival)
+        fallback: Literal["blocks"] | None = "blocks" if self._lane.block < DEVICE_CHUNK else None
+        return _finished(tensor, written, inputs, rounding if base is not None else None, {}, fallback)
 
     def _combine(
         self,
@@ -171,9 +185,9 @@ class Worker:
     ) -> Combine:
         digests = tuple(known[label] for label in self._labels) if known else ()
         context = TensorContext(tensor.name, digests, self._labels, finite=True)
-        if self._device.type == "cpu":
+        if not self._lane.moves:
             return in_host_memory(parameters, self._inputs.weights, context, tensor.work_dtype, surveyed)
-        return on_device(parameters, self._inputs.weights, context, self._device)
+        return on_device(parameters, self._inputs.weights, context, self._lane)
 
     def _surveyed(
         self, tensor: TensorPlan, parameters: MethodParameters, base: Checkpoint | None, hashers: Hashers
@@ -206,13 +220,34 @@ class Worker:
             shared.stack, shared.origin = self._gathered(tensor, parameters, shared.inputs)
         stack, origin, inputs = shared.stack, shared.origin, shared.inputs
         digests = tuple(inputs.get(label, "") for label in self._labels)
-        # Apple's GPUs have no float64, which subspace methods need.
-        device = torch.device("cpu") if self._device.type == "mps" and chosen.whole_matrix else self._device
-        context = TensorContext(tensor.name, digests, self._labels, origin, 0, finite=True, kept=shared.kept)
-        merged = merge_packed(chosen, parameters, stack.to(device), tensor, self._inputs.weights, context).cpu()
-        del stack, shared
+
+        def merge(lane: Lane) -> tuple[Tensor, TensorContext]:
+            context = TensorContext(tensor.name, digests, self._labels, origin, 0, finite=True, kept=shared.kept)
+            merged = merge_packed(chosen, parameters, lane.send(stack), tensor, self._inputs.weights, context)
+            return lane.bring(merged), context
+
+        merged, context = self._on_lane(merge, shared, whole_matrix=chosen.whole_matrix)
         flat = origin.reshape(-1) if origin is not None and chosen.needs_base else None
-        return self._written(merged.reshape(-1), flat, tensor, inputs, slot, out)
+        return self._written(merged.reshape(-1), flat, tensor, shared, context, slot, out)
+
+    def _on_lane(
+        self, merge: Callable[[Lane], tuple[R, TensorContext]], shared: _Shared, *, whole_matrix: bool
+    ) -> tuple[R, TensorContext]:
+        """What `merge` brings back from the device; from the CPU where the device's memory does not do."""
+        # Apple's GPUs have no float64, which subspace methods need.
+        lane = self._host if self._lane.device.type == "mps" and whole_matrix else self._lane
+        if shared.fallback is None:
+            try:
+                with lane.issuing():
+                    found = merge(lane)
+                lane.land()
+            except torch.OutOfMemoryError:
+                shared.fallback = "cpu"
+                shared.kept.clear()
+            else:
+                return found
+            lane.recover()
+        return merge(self._host)
 
     def _gathered(
         self, tensor: TensorPlan, parameters: MethodParameters, inputs: dict[str, str]
@@ -222,7 +257,7 @@ class Worker:
         adapted = tensor.route == "densified"
         base = self._inputs.base if chosen.needs_base or chosen.whole_matrix or adapted else None
         origin = self._reader.whole(base, tensor.name, BASE, tensor, inputs) if base is not None else None
-        stack = torch.empty((len(experts), *tensor.shape), dtype=tensor.work_dtype)  # (N, *shape)
+        stack = self._lane.room(len(experts), *tensor.shape, dtype=tensor.work_dtype)  # (N, *shape)
         for index, (expert, stored) in enumerate(zip(experts, tensor.stored, strict=True)):
             factors = self._factors(tensor, expert, inputs) if adapted else None
             if factors is not None:
@@ -242,20 +277,22 @@ class Worker:
         inputs, origin = shared.inputs, shared.origin
         if tensor.whole is None and self._inputs.base is not None and origin is None:
             origin = shared.origin = self._reader.whole(self._inputs.base, tensor.name, BASE, tensor, inputs)
-        device = torch.device("cpu") if self._device.type == "mps" else self._device
-        factors = []
-        for expert in self._inputs.experts:
-            found = self._factors(target, expert, inputs)
-            if found is not None:
-                factors.append(LowRank(found.B.to(device), found.A.to(device)))
+        found = [self._factors(target, expert, inputs) for expert in self._inputs.experts]
+        factors = [factor for factor in found if factor is not None]
         digests = tuple(inputs.get(label, "") for label in self._labels)
-        context = TensorContext(target.name, digests, self._labels, origin, 0, finite=True, kept=shared.kept)
-        merged = merge_factors(chosen, parameters, factors, target, self._inputs.weights, context)
-        merged = LowRank(merged.B.cpu(), merged.A.cpu())
+
+        def merge(lane: Lane) -> tuple[LowRank, TensorContext]:
+            context = TensorContext(target.name, digests, self._labels, origin, 0, finite=True, kept=shared.kept)
+            there = [LowRank(lane.send(factor.B), lane.send(factor.A)) for factor in factors]
+            merged = merge_factors(chosen, parameters, there, target, self._inputs.weights, context)
+            return LowRank(lane.bring(merged.B), lane.bring(merged.A)), context
+
+        merged, context = self._on_lane(merge, shared, whole_matrix=True)
         if tensor.whole is not None:
-            return self._written(stored_factor(merged, tensor).reshape(-1), None, tensor, inputs, slot, out)
+            factor = stored_factor(merged, tensor).reshape(-1)
+            return self._written(factor, None, tensor, shared, context, slot, out)
         flat = origin.reshape(-1) if origin is not None else None
-        return self._written(merged.dense().reshape(-1), flat, tensor, inputs, slot, out)
+        return self._written(merged.dense().reshape(-1), flat, tensor, shared, context, slot, out)
 
     def _factors(self, tensor: TensorPlan, expert: Expert, digests: dict[str, str]) -> LowRank | None:
         """An expert's low-rank delta in float64; its digest is that of the stored factors' bytes, B's then A's."""
@@ -275,7 +312,8 @@ class Worker:
         delta: Tensor,
         flat: Tensor | None,
         tensor: TensorPlan,
-        inputs: dict[str, str],
+        shared: _Shared,
+        context: TensorContext,
         slot: Slot,
         out: Target,
     ) -> Finished:
@@ -286,9 +324,8 @@ class Worker:
             part = delta[start : start + CHUNK]
             exact = part if flat is None else part + flat[start : start + CHUNK]
             self._finish(part, exact, flat is not None, tensor, slot, start, out, written, rounding)
-        if flat is None:
-            return Finished(tensor.name, written.hexdigest(), inputs)
-        return Finished(tensor.name, written.hexdigest(), inputs, math.sqrt(rounding.delta), rounding.survival)
+        counted = rounding if flat is not None else None
+        return _finished(tensor, written, shared.inputs, counted, figures(context.notes), shared.fallback)
 
     def _finish(
         self,
@@ -318,3 +355,25 @@ class Worker:
 
 def _hexdigests(hashers: Hashers) -> dict[str, str]:
     return {label: hasher.hexdigest() for label, hasher in hashers.items()}
+
+
+def _finished(
+    tensor: TensorPlan,
+    written: blake3,
+    inputs: dict[str, str],
+    rounding: Rounding | None,
+    said: dict[str, float | int | str],
+    fallback: Literal["cpu", "blocks"] | None,
+) -> Finished:
+    norm, survival = (math.sqrt(rounding.delta), rounding.survival) if rounding else (None, None)
+    return Finished(tensor.name, written.hexdigest(), inputs, norm, survival, said, fallback)
+
+
+def _ahead(items: Iterator[R]) -> Iterator[R]:
+    """The items, each once the next has been begun."""
+    waiting: list[R] = []
+    for item in items:
+        if waiting:
+            yield waiting.pop()
+        waiting.append(item)
+    yield from waiting

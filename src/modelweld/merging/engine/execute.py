@@ -37,6 +37,16 @@ class Execution:
     seconds: dict[str, float] = field(default_factory=dict)
     helpers_peak_bytes: int = 0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a device's memory did not allow, for the report."""
+        found = []
+        for fallback, what in (("cpu", "merged on the CPU"), ("blocks", "merged in smaller blocks")):
+            names = [entry.tensor for entry in self.finished.values() if entry.fallback == fallback]
+            if names:
+                found.append(f"the device's memory ran out: {len(names)} tensors were {what}, first {names[0]}")
+        return tuple(found)
+
 
 def execute(
     plan: Plan,

@@ -6,9 +6,9 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from modelweld.checkpoints.shards import disk_errors
 
@@ -21,7 +21,8 @@ class Finished:
     """A tensor that is on disk: digests of its bytes and of the inputs', and what rounding left of its delta.
 
     `delta_norm` is the norm of what was merged into the base, `survival` the share of it that the output's dtype kept;
-    both are None where the base was not read.
+    both are None where the base was not read. `figures` are what the method has to say of this tensor; `fallback` says
+    that the device's memory ran out: it was merged on the `cpu`, or in smaller `blocks`, which changes no byte.
     """
 
     tensor: str
@@ -29,6 +30,8 @@ class Finished:
     inputs: Mapping[str, str]
     delta_norm: float | None = None
     survival: float | None = None
+    figures: Mapping[str, float | int | str] = field(default_factory=dict)
+    fallback: Literal["cpu", "blocks"] | None = None
 
 
 def recorded(directory: Path) -> dict[str, Finished]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modelweld.config.methods import MethodParameters
+from modelweld.merging.engine.figures import joined
 from modelweld.merging.engine.roles import Packing
 from modelweld.merging.operands import Weights
 from modelweld.merging.registry import Method, TensorContext
@@ -30,10 +31,13 @@ def merge_packed(
         return chosen.merge(stack, parameters, weights, context=context)
     upright = stack.mT if tensor.transposed else stack  # (N, out, in)
     parts = unpack(upright, tensor.packing) if tensor.packing else [upright]
-    merged = []
+    merged, notes = [], []
     for number, part in enumerate(parts):
-        own = dataclasses.replace(context, name=f"{context.name}[{number}]") if tensor.packing else context
+        name = f"{context.name}[{number}]" if tensor.packing else context.name
+        own = dataclasses.replace(context, name=name, notes={})
         merged.append(chosen.merge(part.contiguous(), parameters, weights, context=own))
+        notes.append((part[0].numel(), own.notes))
+    context.notes.update(joined(notes))
     whole = pack(merged, tensor.packing) if tensor.packing else merged[0]  # (out, in)
     return (whole.mT if tensor.transposed else whole).contiguous()
 

@@ -14,6 +14,7 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.errors import CheckpointError
 from modelweld.merging.engine.inputs import Inputs
+from modelweld.merging.engine.lane import Lane
 from modelweld.merging.engine.plan import TensorPlan, dtype_name
 
 BASE = "base"
@@ -27,10 +28,16 @@ class Cancelled(Exception):
 
 
 class Reader:
-    """One thread's way to the inputs. What it returns lies in its buffers, and is valid until the next such call."""
+    """One thread's way to the inputs. What it returns lies in its buffers, and is valid until the next such call.
 
-    def __init__(self, inputs: Inputs, stop: threading.Event, advance: Callable[[int], None], chunk: int) -> None:
+    With a lane that moves, chunks lie in page-locked buffers, two sets of them: one is valid while the next is read.
+    """
+
+    def __init__(
+        self, inputs: Inputs, stop: threading.Event, advance: Callable[[int], None], chunk: int, lane: Lane
+    ) -> None:
         self.chunk = chunk
+        self._lane, self._turn = lane, 0
         self._inputs, self._stop, self._advance = inputs, stop, advance
         self._raw = torch.empty(0, dtype=torch.uint8)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -75,10 +82,11 @@ class Reader:
         With `check`, NaN and infinities are refused, naming tensor and model.
         """
         experts = self._inputs.experts
-        stack = self._buffer("experts", tensor.work_dtype, len(experts), count)
+        self._turn ^= self._lane.moves
+        stack = self._buffer(f"experts {self._turn}", tensor.work_dtype, len(experts), count)
         origin = stack[0, :0]
         if base is not None:
-            origin = self._buffer("base", tensor.work_dtype, 1, count)[0]
+            origin = self._buffer(f"base {self._turn}", tensor.work_dtype, 1, count)[0]
             origin.copy_(self.read(base, tensor.name, start, count, hashers[BASE] if hashers else None))
             if check:
                 require_finite(origin, tensor.name, BASE, base, tensor.name)
@@ -119,7 +127,7 @@ class Reader:
     def _buffer(self, use: str, dtype: torch.dtype, rows: int, count: int) -> Tensor:
         key, size = (use, dtype), rows * max(count, self.chunk)
         if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = torch.empty(size, dtype=dtype)
+            self._buffers[key] = self._lane.room(size, dtype=dtype)
         return self._buffers[key][: rows * count].view(rows, count)  # (rows, count)
 
 
