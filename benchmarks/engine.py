@@ -2,9 +2,13 @@
 
     python benchmarks/engine.py --methods linear ties
     python benchmarks/engine.py --methods linear ties --mergekit /path/to/venv/bin/mergekit-yaml
+    python benchmarks/engine.py --methods dare --set combine=ties --mergekit … --shard-size 250M
+    python benchmarks/engine.py --methods linear ties drm --growth
 
 Makes a base and three experts from a seed (0.85 B parameters, bf16, four shards each, 7 GB) in --work, runs the command
-in a process of its own for each method, and prints seconds, peak memory and ratios. Without --keep all is removed.
+in a process of its own for each method, and prints seconds, peak memory and ratios. With --growth the model has 1, 2, 4
+and 8 times as many layers, of smaller dimensions, and what counts is the time by parameter. Without --keep all is
+removed.
 """
 
 from __future__ import annotations
@@ -170,17 +174,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="an existing directory with room for five models")
     parser.add_argument("--keep", action="store_true", help="leave the models for the next run")
     parser.add_argument("--mergekit", help="the mergekit-yaml of another environment, as peer")
+    parser.add_argument("--shard-size", help="the peer's --out-shard-size; its own default without")
+    parser.add_argument("--growth", action="store_true", help="1, 2, 4, 8 times the layers of a smaller model")
     chosen = parser.parse_args()
+    if chosen.growth:
+        grow(chosen)
+        return
     size = Size(chosen.hidden, chosen.layers, chosen.intermediate, chosen.vocabulary)
     work = Path(chosen.work or tempfile.mkdtemp(prefix="modelweld-bench-"))
     try:
         if not (work / f"e{EXPERTS - 1}").is_dir():
-            # In a process of its own: a child's peak memory would begin at this one's.
-            maker = multiprocessing.get_context("spawn").Process(target=generate, args=(work, size, chosen.shard_bytes))
-            maker.start()
-            maker.join()
-            if maker.exitcode:
-                raise SystemExit("the models could not be made")
+            make(work, size, chosen.shard_bytes)
         elements = sum(math.prod(shape) for shape in size.shapes().values())
         print(f"{elements / 1e9:.2f} B parameters, {EXPERTS} experts, in {work}")
         for method in chosen.methods:
@@ -190,26 +194,65 @@ def main() -> None:
             shutil.rmtree(work)
 
 
-def report(work: Path, method: str, chosen: argparse.Namespace) -> None:
-    """One method: plain copying, modelweld, the peer."""
-    based = method not in ("average", "linear")
-    read = [f"e{i}" for i in range(EXPERTS)] + (["base"] if based else [])
-    settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in chosen.set)}
+def make(work: Path, size: Size, shard_bytes: int) -> None:
+    """The models, by a process of its own: a child's peak memory would begin at this one's."""
+    maker = multiprocessing.get_context("spawn").Process(target=generate, args=(work, size, shard_bytes))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit("the models could not be made")
+
+
+def grow(chosen: argparse.Namespace) -> None:
+    """Seconds by parameter and peak memory as a model of the same width gets deeper."""
+    for factor in (1, 2, 4, 8):
+        size = Size(1024, 4 * factor, 2816, 8000, heads=16, groups=4)
+        elements = sum(math.prod(shape) for shape in size.shapes().values())
+        work = Path(tempfile.mkdtemp(prefix="modelweld-bench-", dir=chosen.work))
+        try:
+            make(work, size, chosen.shard_bytes)
+            for method in chosen.methods:
+                merge(work, method, chosen)  # compiled loops and the page cache are there afterwards
+                _, _, peak, phases = merge(work, method, chosen)
+                spent = phases["merge"] + phases["sync"]
+                print(
+                    f"{method}: {factor}x, {elements / 1e6:.0f} M parameters: {spent:.2f} s, "
+                    f"{spent / elements * 1e9:.2f} s a billion, {peak / 1e6:.0f} MB"
+                )
+        finally:
+            shutil.rmtree(work)
+
+
+def merge(work: Path, method: str, chosen: argparse.Namespace) -> tuple[float, float, int, dict[str, float]]:
+    """Seconds, CPU seconds, peak bytes and seconds by phase of one merge by the command."""
     recipe = {
         "method": method,
         "base": "base",
         "models": {f"e{i}": {"path": f"e{i}"} for i in range(EXPERTS)},
         "output": {"shard_bytes": chosen.shard_bytes, "dtype": "bfloat16"},
-        **settings,
+        **settings_of(chosen),
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = [sys.executable, "-m", "modelweld", "--json", "merge", str(work / "recipe.yaml"), str(work / "out")]
+    spent, busy, peak, text = measured(command)
+    shutil.rmtree(work / "out")
+    phases: dict[str, float] = json.loads(text)["seconds"]
+    return spent, busy, peak, phases
+
+
+def settings_of(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The method's parameters as they were given."""
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in chosen.set)}
+
+
+def report(work: Path, method: str, chosen: argparse.Namespace) -> None:
+    """One method: plain copying, modelweld, the peer."""
+    based = method not in ("average", "linear")
+    read = [f"e{i}" for i in range(EXPERTS)] + (["base"] if based else [])
     for _ in range(chosen.rounds):
         floor = plain(work, read)
-        command = [sys.executable, "-m", "modelweld", "--json", "merge", str(work / "recipe.yaml"), str(work / "out")]
-        spent, busy, peak, text = measured(command)
-        phases = json.loads(text)["seconds"]
+        spent, busy, peak, phases = merge(work, method, chosen)
         inside = sum(phases.values())
-        shutil.rmtree(work / "out")
         detail = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items())
         print(f"{method}: plain read and write {floor:.2f} s")
         ratio = inside / floor
@@ -217,17 +260,18 @@ def report(work: Path, method: str, chosen: argparse.Namespace) -> None:
             f"  modelweld {spent:.2f} s, {busy:.2f} s of CPU, {peak / 1e6:.0f} MB; inside {ratio:.2f}x plain: {detail}"
         )
         if chosen.mergekit:
-            peer, peer_peak = run_mergekit(work, method, settings, chosen.mergekit)
+            peer, peer_peak = run_mergekit(work, method, chosen)
             print(
                 f"  mergekit  {peer:.2f} s, {peer_peak / 1e6:.0f} MB: "
                 f"{peer / spent:.1f}x the time, {peer_peak / peak:.1f}x the memory"
             )
 
 
-def run_mergekit(work: Path, method: str, settings: dict[str, Any], command: str) -> tuple[float, int]:
-    """The same merge by the peer, at its defaults."""
-    density = settings.get("density", 0.2)
-    names = {"average": "linear", "dare": "dare_ties"}
+def run_mergekit(work: Path, method: str, chosen: argparse.Namespace) -> tuple[float, int]:
+    """The same merge by the peer, at its defaults but for --shard-size."""
+    settings = settings_of(chosen)
+    density = 1 - settings.get("drop_rate", 0.9) if method == "dare" else settings.get("density", 0.2)
+    names = {"average": "linear", "dare": f"dare_{settings.get('combine', 'linear')}"}
     config = {
         "merge_method": names.get(method, method),
         "dtype": "bfloat16",
@@ -239,7 +283,9 @@ def run_mergekit(work: Path, method: str, settings: dict[str, Any], command: str
         config["base_model"] = str(work / "base")
     (work / "mergekit.yml").write_text(yaml.safe_dump(config))
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    spent, _, peak, _ = measured([command, str(work / "mergekit.yml"), str(work / "peer")], **offline)
+    command = [chosen.mergekit, str(work / "mergekit.yml"), str(work / "peer")]
+    command += ["--out-shard-size", chosen.shard_size] if chosen.shard_size else []
+    spent, _, peak, _ = measured(command, **offline)
     shutil.rmtree(work / "peer")
     return spent, peak
 
