@@ -189,7 +189,7 @@ def _merged_rows(
     quota = basis.active.sum() * basis.rank * m  # L = N·r·m
     threshold = quota_threshold(directions, quota, 1 - drop_rate)
     divisor = None if disjoint_mean else basis.active.sum().clamp(min=1)
-    agreeing, kept = None if notes is None else torch.zeros_like(strengths[0, 0]), torch.zeros_like(quota)
+    agreeing, kept = None if notes is None else strengths.new_zeros(()), torch.zeros_like(quota)
     merged = torch.empty(r, m, dtype=directions.dtype, device=directions.device)
     ranges = blocks(r, count * m, directions)
     scratch = torch.empty(count, ranges[0][1] if ranges else 0, m, dtype=merged.dtype, device=merged.device)
