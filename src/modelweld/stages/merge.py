@@ -30,7 +30,6 @@ from modelweld.merging.engine import (
     staged,
 )
 from modelweld.merging.engine.memory import peak_resident
-from modelweld.stages.align import aligned, repaired
 
 LOCK = "sources.lock.json"
 STAGING = Path(".modelweld") / "staging"
@@ -96,8 +95,12 @@ def merge(
     with open_inputs(recipe) as inputs:
         plan = build(recipe, inputs)
         planned = time.perf_counter()
-        alignment = aligned(recipe, plan, inputs, root or Path()) if recipe.alignment is not None else None
-        if alignment is not None:
+        alignment = None
+        if recipe.alignment is not None:
+            # Here, because it brings along solvers and the evaluation, which other merges need not wait for.
+            from modelweld.stages.align import aligned, repaired
+
+            alignment = aligned(recipe, plan, inputs, root or Path())
             inputs, plan = alignment.inputs, replace(plan, notes=(*plan.notes, *alignment.notes))
         matched = time.perf_counter()
         # An interrupted merge goes on only where units were matched to the same ones.
