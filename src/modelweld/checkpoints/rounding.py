@@ -90,5 +90,5 @@ def _rank_above_noise(before: Tensor, after: Tensor) -> int | None:
         return None
     # Noise has no part in the directions that the delta fills.
     expected = float(variances.sum()) * (1 - rank / n) * (1 - rank / m)
-    remainder = float(singular[rank:].square().sum()) / expected
-    return rank if _NOISE[0] <= remainder <= _NOISE[1] else None
+    remainder = float(singular[rank:].square().sum())
+    return rank if _NOISE[0] * expected <= remainder <= _NOISE[1] * expected and expected > 0 else None

@@ -63,7 +63,9 @@ def merge(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a params.yaml whose models are in models/.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe file, or a params.yaml: its models need not be fetched yet.")
+    ],
     device: Device = "auto",
     threads: Threads = None,
     memory_limit: MemoryLimit = None,

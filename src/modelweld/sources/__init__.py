@@ -2,7 +2,8 @@
 
 `lock` is sources.lock.json; `pinning` resolves params.yaml into it; `fetching` brings one entry of it onto the disk.
 `upstream` says what every kind of source can do, and `local`, `hub`, `url`, `mlflow_models` and `dvc_repo` do it, one
-kind of URI each. `selection` decides which of a source's files matter, `guards` refuses unsafe names and addresses.
+kind of URI each. `selection` decides which of a source's files matter, `peeking` looks at the headers of weights where
+they are, `guards` refuses unsafe names and addresses.
 
     lock = pin(load_params(), Path(), previous=read_lock(Path("sources.lock.json")))
     fetch(lock.pinned["model-base"], Path("models/base"), project_root=Path())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,7 @@ class DvcPath(Upstream):
             files = {name: Listed(self._size(info)) for name, info in found.items()}
         return Listing(resolved=f"dvc://{self._repo}@{commit}:{self._path}", revision=commit, files=files)
 
-    def read(self, name: str, listed: Listed, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """One file's bytes from `offset` on, from the project's cache or its DVC remote."""
         with self._explained():
             single = self._fs.info(self._path)["type"] == "file"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 
@@ -84,7 +84,7 @@ class HubRepository(Upstream):
             licence=licence_of(info.card_data.to_dict()) if info.card_data else None,  # type: ignore[no-untyped-call]
         )
 
-    def read(self, name: str, listed: Listed, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """One file's bytes from `offset` on, in one ranged request that goes on where it breaks off."""
         path = self._uri.path_in_repo
         inside = path if path and path.rpartition("/")[2] == name else f"{path}/{name}" if path else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +20,11 @@ class LocalPath(Upstream):
         path = unquote(urlsplit(address).path) if "://" in address else address
         self._root = (self._project_root / Path(path).expanduser()).resolve()
 
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self._root
+
     def resolve(self) -> Listing:
         """Every regular file below the path; symbolic links that lead elsewhere are refused."""
         if self._root.is_file():
@@ -33,7 +38,7 @@ class LocalPath(Upstream):
         resolved = self._root.relative_to(project_root).as_posix() if inside else self._root.as_posix()
         return Listing(resolved=resolved, revision=None, files=files)
 
-    def read(self, name: str, listed: Listed, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """The file's bytes from `offset` on."""
         path = self._root if self._root.is_file() else self._root / name
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -41,6 +41,11 @@ class MlflowModel(Upstream):
         self._name, self._alias, self._number = parts["name"], parts["alias"], parts["version"]
         self._project_root = project_root.absolute()
 
+    @property
+    def in_parts(self) -> bool:
+        """MLflow hands over whole artifacts, unless they lie on this machine or a pointer leads elsewhere."""
+        return self._pointed is not None or isinstance(self._artifacts, LocalPath)
+
     def resolve(self) -> Listing:
         """The version behind the alias now; its revision is the id of the logged model, which never changes."""
         version = self._version
@@ -57,7 +62,7 @@ class MlflowModel(Upstream):
             licence=tags.get("licence") or tags.get("license"),
         )
 
-    def read(self, name: str, listed: Listed, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """One artifact's bytes from `offset` on. MLflow hands over whole files, so one is downloaded, then read."""
         if self._pointed is not None:
             yield from self._pointed.read(name, listed, offset)

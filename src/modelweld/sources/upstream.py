@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,17 @@ class Upstream(ABC):
         self.address = address
         self.where = where
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the beginning of a file can be read without the rest of it."""
+        return True
+
     @abstractmethod
     def resolve(self) -> Listing:
         """What lies at the address now. SourceError when nothing does, SourceUnavailable when nobody answers."""
 
     @abstractmethod
-    def read(self, name: str, listed: Listed, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """The bytes of one file from `offset` on, in blocks; transient failures were already retried."""
 
     def gone(self, what: str, mend: str = "check the address and its revision in params.yaml") -> SourceError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from http import HTTPStatus
@@ -81,7 +81,7 @@ class FsspecUrl(Upstream):
             revision = single or f"tree:{hashlib.sha256(joined.encode()).hexdigest()[:40]}"
         return Listing(resolved=self.address, revision=revision, files=files)
 
-    def read(self, name: str, listed: Listed, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """One file's bytes from `offset` on, of the pinned object version where the bucket keeps versions."""
         fs, root = self._opened
         with self._explained():

@@ -1,11 +1,15 @@
-"""Looking ahead: what a merge would do and take here, from headers alone and a two-second calibration."""
+"""Looking ahead: what a merge would do and take here, from headers alone and a two-second calibration.
+
+Of a params.yaml whose models are not fetched yet, headers are read where the models are, and what fetching them and
+keeping them in DVC's cache takes is counted too.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,19 @@ from modelweld.merging.engine import Placement, Plan, build, open_inputs, place,
 from modelweld.merging.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.merging.engine.memory import peak_resident, working_bytes
 from modelweld.merging.engine.plan import dtype_name
+from modelweld.stages.sighting import sighted
 
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Foresight:
-    """A plan with its price: bytes needed and there, expected seconds."""
+    """A plan with its price: bytes needed and there, expected seconds.
+
+    `fetch` are the bytes of sources that are not here yet, by entry of the lock, and `seen` where each of their models
+    was looked at. `baseline_bytes` is what the baselines of a pipeline write, `cache_bytes` the second copy of a
+    stage's output that there is until DVC has linked it into its cache.
+    """
 
     plan: Plan
     experts: int
@@ -38,6 +48,10 @@ class Foresight:
     disk_bytes: int
     disk_free: int
     seconds: float
+    fetch: Mapping[str, int] = field(default_factory=dict)
+    seen: Mapping[str, str] = field(default_factory=dict)
+    baseline_bytes: int = 0
+    cache_bytes: int = 0
 
     def document(self) -> dict[str, Any]:
         """Everything for machines, tensor by tensor."""
@@ -65,8 +79,13 @@ class Foresight:
                 "memory_bytes": self.memory_bytes,
                 "device_memory_bytes": self.device_memory_bytes,
                 "disk_bytes": self.disk_bytes,
+                "fetch_bytes": sum(self.fetch.values()),
+                "baseline_bytes": self.baseline_bytes,
+                "cache_bytes": self.cache_bytes,
                 "seconds": round(self.seconds, 3),
             },
+            "fetch": dict(self.fetch),
+            "seen": dict(self.seen),
             "available": {
                 "memory_bytes": self.memory_available,
                 "device_memory_bytes": self.device_memory_available,
@@ -104,7 +123,7 @@ class Foresight:
         """Rows for people: what is needed beside what there is."""
         rows = [
             ("memory", _size(self.memory_bytes), _size(self.memory_available)),
-            ("disk", _size(self.disk_bytes), _size(self.disk_free)),
+            ("disk", _size(self.disk_bytes), f"{_size(self.disk_free)}{self._disk_parts()}"),
             ("time", f"{self.seconds:.1f} s", f"{self.threads} threads on {self.device}"),
         ]
         if self.device_memory_available is not None:
@@ -116,7 +135,18 @@ class Foresight:
         lines = [f"head of {h.task}: {len(h.tensors)} tensors, kept from {h.model}" for h in self.plan.heads]
         lines += [f"left out: {name} ({why})" for name, why in self.plan.left_out.items()]
         lines.append(f"side files from the reference: {', '.join(self.plan.files) or 'none'}")
+        lines += [f"{name} is not fetched: its headers were read at {place}" for name, place in self.seen.items()]
         return lines + [f"note: {note}" for note in self.plan.notes]
+
+    def _disk_parts(self) -> str:
+        parts = {
+            "to fetch": sum(self.fetch.values()),
+            "for the merge": self.plan.write_bytes,
+            "for baselines": self.baseline_bytes,
+            "until DVC has linked its cache": self.cache_bytes,
+        }
+        told = [f"{_size(size)} {what}" for what, size in parts.items() if size]
+        return f" ({', '.join(told)})" if len(told) > 1 else ""
 
     def _misfits(self) -> list[MergeError | DiskFull]:
         found: list[MergeError | DiskFull] = []
@@ -140,7 +170,7 @@ class Foresight:
         if self.disk_bytes > self.disk_free:
             found.append(
                 DiskFull(
-                    f"the merge writes {_size(self.disk_bytes)}, {_size(self.disk_free)} are free",
+                    f"it takes {_size(self.disk_bytes)} of disk{self._disk_parts()}, {_size(self.disk_free)} are free",
                     where="plan",
                     mend="free space, or name an output on another disk",
                 )
@@ -158,10 +188,35 @@ def plan(
 ) -> Foresight:
     """What `merge` would do with a recipe (or the `merge:` of a params.yaml), and what it would take on this machine.
 
-    Raises what `merge` would raise before it reads a weight.
+    Models of a params.yaml need not be fetched: the headers of their weights are read where they are. Raises what
+    `merge` would raise before it reads a weight.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = recipe_in(recipe)
+    if isinstance(recipe, Recipe):
+        return _foresee(recipe, out, device, threads, memory_limit)
+    if not _is_params(recipe):
+        return _foresee(load_recipe(recipe), out, device, threads, memory_limit)
+    with sighted(load_params(recipe), recipe.parent) as sighting:
+        merge = _foresee(sighting.recipe, out, device, threads, memory_limit)
+        baselines = sum(_written(baseline) for baseline in sighting.baselines.values())
+    # A stage's output lies beside DVC's copy of it until it is linked: one output at a time.
+    second = max([*sighting.fetch.values(), merge.plan.write_bytes, baselines])
+    needed = sum(sighting.fetch.values()) + merge.plan.write_bytes + baselines + second
+    return replace(
+        merge,
+        fetch=sighting.fetch,
+        seen=sighting.seen,
+        baseline_bytes=baselines,
+        cache_bytes=second,
+        disk_bytes=needed,
+    )
+
+
+def _written(recipe: Recipe) -> int:
+    with open_inputs(recipe) as inputs:
+        return build(recipe, inputs).write_bytes
+
+
+def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory_limit: int | None) -> Foresight:
     refuse_foreign(out)
     placement = place(device)
     processes, each = len(placement.devices), placement.threads_each(threads)
@@ -192,12 +247,8 @@ def plan(
 
 
 def recipe_in(file: Path) -> Recipe:
-    """The recipe that a file holds: a recipe file's own, or the `merge:` section of a params.yaml."""
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        document = None
-    if not isinstance(document, Mapping) or "merge" not in document:
+    """The recipe that a file holds: a recipe file's own, or the `merge:` of a params.yaml whose models are fetched."""
+    if not _is_params(file):
         return load_recipe(file)
     recipe, root = load_params(file).recipe(), file.parent
     models = {name: entry.model_copy(update={"path": str(root / str(entry.path))}) for name, entry in _models(recipe)}
@@ -210,6 +261,14 @@ def recipe_in(file: Path) -> Recipe:
         )
     align = rooted(recipe.align, root)
     return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models, "align": align})
+
+
+def _is_params(file: Path) -> bool:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(document, Mapping) and "merge" in document
 
 
 def _models(recipe: Recipe) -> list[tuple[str, Any]]:

@@ -1,0 +1,103 @@
+"""The models of a params.yaml, looked at before they are fetched: here where they are here, else at their source."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelweld.config import Params, Recipe, Source
+from modelweld.config.loading import rooted
+from modelweld.errors import ConfigError
+from modelweld.sources import LOCK_NAME, read_lock
+from modelweld.sources.guards import refuse_secrets
+from modelweld.sources.local import LocalPath
+from modelweld.sources.lock import Kind, Lock
+from modelweld.sources.peeking import peek
+from modelweld.sources.selection import PICKLE_SUFFIXES, select
+from modelweld.sources.upstream import Listed, Upstream, open_upstream
+from modelweld.stages.fetch import project_root
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A merge and its baselines over models that can be opened, though their weights may not be there.
+
+    `fetch` are the bytes that fetching would bring, by entry of the lock; `seen` says where each model that is not
+    fetched was looked at.
+    """
+
+    recipe: Recipe
+    baselines: Mapping[str, Recipe]
+    fetch: Mapping[str, int]
+    seen: Mapping[str, str]
+
+
+@contextmanager
+def sighted(params: Params, root: Path) -> Iterator[Sighting]:
+    """What can be seen of the models of `params`, whose project is `root`, for as long as the context lasts.
+
+    Of remote models only the headers of their weights are read, and small files. Raises ConfigError naming the models
+    that must be fetched first: pickles, and sources that hand over nothing but whole files.
+    """
+    merge, baselines = params.recipe(), {name: params.recipe(name) for name in params.baselines}
+    experts = (name for recipe in (merge, *baselines.values()) for name in recipe.models or {})
+    lock = read_lock(root / LOCK_NAME)
+    unseen: dict[str, str] = {}
+    paths: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="modelweld-plan-") as scratch:
+        for name in ["base", *dict.fromkeys(experts)]:
+            if (root / "models" / name).is_dir():
+                paths[name] = root / "models" / name
+                continue
+            upstream, files = _listed("model", name, params.models[name], root, lock)
+            sizes[f"model-{name}"] = sum(file.size_bytes for file in files.values())
+            pickled = [file for file in files if Path(file).suffix.lower() in PICKLE_SUFFIXES]
+            if pickled or not upstream.in_parts:
+                unseen[name] = f"{pickled[0]} is pickled" if pickled else "MLflow hands over whole files"
+            elif isinstance(upstream, LocalPath) and upstream.path.is_dir():
+                paths[name], seen[name] = upstream.path, str(upstream.path)
+            else:
+                paths[name], seen[name] = Path(scratch) / name, upstream.address
+                peek(upstream, files, paths[name])
+        if unseen:
+            reasons = "; ".join(f"{name} ({why})" for name, why in unseen.items())
+            raise ConfigError(
+                f"cannot be looked at before they are fetched: {reasons}",
+                where="models",
+                mend=f"`modelweld pin`, then `dvc repro {' '.join(f'fetch@model-{name}' for name in unseen)}`",
+            )
+        for name, source in params.datasets.items():
+            if not (root / "datasets" / name).exists():
+                _, files = _listed("dataset", name, source, root, lock)
+                sizes[f"dataset-{name}"] = sum(file.size_bytes for file in files.values())
+        placed = {name: _placed(recipe, paths, root) for name, recipe in baselines.items()}
+        yield Sighting(_placed(merge, paths, root), placed, sizes, seen)
+
+
+def _listed(
+    kind: Kind, name: str, source: Source, root: Path, lock: Lock | None
+) -> tuple[Upstream, Mapping[str, Listed]]:
+    """A source as it is pinned, or as it is now when it is not, and the files that a fetch would bring."""
+    where = f"{kind}s.{name}.uri"
+    refuse_secrets(source.uri, where)
+    entry = lock.pinned.get(f"{kind}-{name}") if lock is not None else None
+    if entry is not None and entry.uri == source.uri:
+        files = {file: Listed(f.size_bytes, f.sha256, f.version) for file, f in entry.files.items()}
+        return open_upstream(entry.resolved, project_root(root), where), files
+    upstream = open_upstream(source.uri, project_root(root), where)
+    listing = upstream.resolve()
+    chosen = select(listing.files, kind, source.allow_pickle, where)
+    return upstream, {file: listing.files[file] for file in chosen.wanted}
+
+
+def _placed(recipe: Recipe, paths: Mapping[str, Path], root: Path) -> Recipe:
+    models = {
+        name: entry.model_copy(update={"path": str(paths[name])}) for name, entry in (recipe.models or {}).items()
+    }
+    align = rooted(recipe.align, root)
+    return recipe.model_copy(update={"base": str(paths["base"]), "models": models, "align": align})
