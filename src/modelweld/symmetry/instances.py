@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from modelweld.errors import MergeError
 
 POSITIONS = 8
-IMAGE_SIZE = 64
 # For networks of convolutions, which take images of any size.
 PIXELS = 64
 
@@ -34,6 +33,30 @@ def instantiate(config: Any) -> nn.Module:
             getattr(transformers, names[0])(config) if names else transformers.AutoModel.from_config(config)
         )
     return model.eval()
+
+
+def own_names(module: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """By the name under which a checkpoint stores a tensor, the name that the module has for it once it is loaded.
+
+    transformers renames on loading and saving. Tensors that it joins or cuts while loading (experts stored one by one)
+    have no name of their own in the module and are left out.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known = module.state_dict()
+    if not isinstance(module, PreTrainedModel):
+        return {name: name for name in stored if name in known}
+    rules = get_model_conversion_mapping(module)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    found = {}
+    for name in stored:
+        own, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
+        if converted is None and own in known:
+            found[name] = own
+    return found
 
 
 def answers(found: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, cast
 
 import torch
@@ -242,6 +242,14 @@ class Spec:
             where=name,
             mend="put the outer group before the inner one on the axis, or give it a whole axis",
         )
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same groups on tensors that go by other names: `names` gives, for each new name, the present one."""
+        axes = {name: self.axes[own] for name, own in names.items() if own in self.axes}
+        reads = frozenset(
+            (name, dim) for name, shape in axes.items() for dim in range(len(shape)) if (names[name], dim) in self.reads
+        )
+        return replace(self, axes=axes, reads=reads)
 
     def to_json(self) -> str:
         """The spec as text, for caches and for spec files given by hand."""

@@ -20,7 +20,7 @@ from modelweld.merging.engine.inputs import Expert
 from modelweld.stages.symmetry import derived, given
 from modelweld.symmetry import Factor, Spec, prove
 from modelweld.symmetry.families import STATISTICS
-from modelweld.symmetry.instances import example_inputs, instantiate
+from modelweld.symmetry.instances import example_inputs, instantiate, own_names
 from modelweld.symmetry.spec import join, leaves
 from modelweld.symmetry.spec import moves as moves
 
@@ -29,17 +29,25 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the alignment: its names beside the common ones, and its own spec with the common groups."""
+    """One model of the alignment: its names beside the common ones, and its own spec with the common groups.
+
+    A checkpoint's names need not be those of the model that it is loaded into: `modules` gives the latter by the
+    former, and `live` is the spec by the names of the model.
+    """
 
     label: str
     checkpoint: Checkpoint
     names: Mapping[str, str]
     spec: Spec
+    modules: Mapping[str, str]
+    live: Spec
 
 
 def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[Member]]:
     """The spec that all experts share, by common names, and each expert's own with the groups of that one."""
-    specs = [given(Path(settings.spec)) if settings.spec else _derived(expert, root) for expert in inputs.experts]
+    lives = [given(Path(settings.spec)) if settings.spec else _derived(expert, root) for expert in inputs.experts]
+    modules = [own_names(instantiate(_config(e.checkpoint)), e.checkpoint.tensors) for e in inputs.experts]
+    specs = [live.renamed(own) for live, own in zip(lives, modules, strict=True)]
     first, names = inputs.experts[0], [expert.alignment.names for expert in inputs.experts]
     tied = set(inputs.tied)
     shared = [name for name in names[0] if name not in tied and all(name in other for other in names[1:])]
@@ -58,12 +66,14 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
             mend="merge without `align:`; `modelweld symmetry` says what froze each axis",
         )
     members = []
-    for expert, spec in zip(inputs.experts, specs, strict=True):
+    for expert, live, spec, own_modules in zip(inputs.experts, lives, specs, modules, strict=True):
         own = expert.alignment.names
         known = _renaming(axes, spec, own, first.label, expert.label)
         names_here = {name: own[name] for name in common.axes}
+        sizes = {module: expert.checkpoint.tensors[name].shape for name, module in own_modules.items()}
+        here = _renamed(live, known, common, sizes)
         members.append(
-            Member(expert.label, expert.checkpoint, names_here, _renamed(spec, known, common, expert.checkpoint))
+            Member(expert.label, expert.checkpoint, names_here, here.renamed(own_modules), own_modules, here)
         )
     return common, members
 
@@ -73,7 +83,7 @@ def base_member(inputs: Inputs, common: Spec, first: Member) -> Member:
     if inputs.base is None:
         raise ConfigError("the recipe names no base", where="base", mend="name it")
     # It is run as the first expert's class, under that one's names.
-    return Member(BASE, inputs.base, {name: name for name in common.axes}, first.spec)
+    return replace(first, label=BASE, checkpoint=inputs.base, names={name: name for name in common.axes})
 
 
 def load(member: Member, inputs: Inputs) -> nn.Module:
@@ -97,7 +107,7 @@ def load(member: Member, inputs: Inputs) -> nn.Module:
 
 def proved(model: nn.Module, member: Member) -> float:
     try:
-        return prove(model, member.spec, example_inputs(model))
+        return prove(model, member.live, example_inputs(model))
     except MergeError as error:
         raise MergeError(error.what, where=f"{member.label}, {error.where}", mend=error.mend) from error
 
@@ -132,9 +142,9 @@ def _movable(expert: Expert, stored: str, spec: Spec) -> bool:
     if is_buffer(stored) and not stored.endswith(STATISTICS):
         return False
     raise MergeError(
-        f"{expert.label} stores {stored!r}, which its architecture has not under that name",
+        f"{expert.label} stores {stored!r}, which is no tensor of its architecture by itself",
         where=expert.checkpoint.place(stored),
-        mend="load it with this version of transformers and save it again, or give a spec file (align.spec)",
+        mend="load it with this version of transformers and save it again with save_original_format=False",
     )
 
 
@@ -162,7 +172,7 @@ def _layout(axis: Sequence[Factor]) -> list[Any]:
     return [[_layout(part) for part in factor.parts] for factor in axis]
 
 
-def _renamed(spec: Spec, known: Mapping[str, str], common: Spec, checkpoint: Checkpoint) -> Spec:
+def _renamed(spec: Spec, known: Mapping[str, str], common: Spec, sizes: Mapping[str, tuple[int, ...]]) -> Spec:
     """An expert's spec with the common groups; what only its head has stays as it is."""
 
     def factor(own: Factor) -> Factor:
@@ -173,10 +183,10 @@ def _renamed(spec: Spec, known: Mapping[str, str], common: Spec, checkpoint: Che
 
     def axis(tensor: str, dim: int, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
         found = tuple(factor(own) for own in factors)
-        info = checkpoint.tensors.get(tensor)
-        if len(found) == 1 and not moves([found]) and info is not None and dim < len(info.shape):
+        shape = sizes.get(tensor, ())
+        if len(found) == 1 and not moves([found]) and dim < len(shape):
             # Heads have as many labels as their task, whatever the spec was written for.
-            return (replace(found[0], size=info.shape[dim]),)
+            return (replace(found[0], size=shape[dim]),)
         return found
 
     axes = {

@@ -55,6 +55,7 @@ class Scorer:
         self._settings, self._members, self._inputs = settings, members, inputs
         labels = [member.label for member in members]
         self._models = [models[labels.index(expert.label)] for expert in inputs.experts]
+        self._modules = [members[labels.index(expert.label)].modules for expert in inputs.experts]
         self._trials = _trials(settings, inputs)
         self._plan = affordable(plan, len(inputs.experts), len(settings.grid))
         self._calibration = calibration if repairs(settings, plan) else None
@@ -77,7 +78,8 @@ class Scorer:
             names = expert.alignment.names
             state = {names[name]: tensor for name, tensor in merged.items() if name in names}
             state |= {name: expert.checkpoint.read(name) for name in expert.alignment.head}
-            model.load_state_dict(state, strict=False)
+            modules = self._modules[trial.expert]
+            model.load_state_dict({modules[name]: tensor for name, tensor in state.items()}, strict=False)
             if self._calibration is not None:
                 mended(model, self._calibration)
             scores.append(trial.accuracy(model))

@@ -120,7 +120,7 @@ def _observed(
                 mend="align by weights alone: space: weights",
             )
     calls = [call_of(models[0], batch) for batch in calibration.batches]
-    return observe(models, first.spec, calls, whole=settings.mode == "zip", scratch=scratch)
+    return observe(models, first.live, calls, whole=settings.mode == "zip", scratch=scratch)
 
 
 def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> d
     preserved = {}
     for member, permutations in zip(members, found.permutations, strict=True):
         model = load(member, inputs)
-        error = output_error(model, member.spec, example_inputs(model), permutations)
+        error = output_error(model, member.live, example_inputs(model), permutations)
         preserved[member.label] = error
         if error >= TOLERANCE:
             raise MergeError(
