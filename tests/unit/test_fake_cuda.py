@@ -7,6 +7,7 @@ or a mix of devices raises here as it would wait (or fail) on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from modelweld.merging import LowRank, drm
+from modelweld.merging.engine.chunks import on_device
+from modelweld.merging.engine.lane import Lane
+from modelweld.merging.engine.packing import merge_packed
+from modelweld.merging.engine.roles import Packing
 from modelweld.merging.registry import TensorContext, method, methods
 from modelweld.merging.selection import _bisected, kth_smallest
 
@@ -31,6 +36,10 @@ class PlainIndexing(TorchFunctionMode):
             return self.view(*args)
         if func.__name__ == "__setitem__":
             return torch.ops.aten.copy_.default(self.view(args[0], args[1]), args[2])
+        if func.__name__ == "copy_":
+            apart = args[0].device != args[1].device
+            assert not apart or (kwargs or {}).get("non_blocking"), "a plain copy between devices is waited for"
+            return torch.ops.aten.copy_.default(args[0], args[1], True)
         if func.__name__ == "contiguous":
             return torch.ops.aten.clone.default(args[0], memory_format=torch.contiguous_format)
         return func(*args, **(kwargs or {}))
@@ -116,6 +125,38 @@ def test_a_sweep_does_not_wait_for_the_device(fake: FakeTensorMode) -> None:
         basis = drm.factorise(torch.empty(3, 40, 24, device=CUDA), direction="vertical")
         for drop_rate in (0.0, 0.5, 0.9):
             assert drm.finish(basis, drop_rate=drop_rate).device == CUDA
+
+
+@pytest.mark.parametrize("name", sorted(name for name, entry in methods().items() if entry.elementwise))
+def test_no_chunk_waits_on_its_way_to_the_device_and_back(fake: FakeTensorMode, name: str) -> None:
+    chosen = method(name)
+    with fake:
+        lane = Lane(CUDA)
+        combine = on_device(chosen.parameters(), [1.0] * 3, context(3), lane)
+        for start in (0, 4096):
+            merged = combine(torch.empty(3, 4096), torch.empty(4096 if chosen.needs_base else 0), start)
+            assert merged.device.type == "cpu"
+            assert merged.shape == (4096,)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, entry in methods().items() if entry.whole_matrix))
+@pytest.mark.parametrize("packing", [None, Packing(1, (16, 8, 16))])
+def test_no_weight_waits_on_its_way_to_the_device_and_back(
+    fake: FakeTensorMode, name: str, packing: Packing | None
+) -> None:
+    chosen = method(name)
+    tensor = SimpleNamespace(transposed=packing is None, packing=packing)
+    with fake:
+        lane, whole = Lane(CUDA), context(3)
+        with lane.issuing():
+            sent = lane.send(torch.empty(3, 40, 24))
+            merged = merge_packed(chosen, chosen.parameters(), sent, tensor, [1.0] * 3, whole)  # type: ignore[arg-type]
+            assert merged.device == CUDA
+            back = lane.bring(merged)
+        assert (back.device.type, back.shape) == ("cpu", (40, 24))
+        if name == "drm":
+            assert whole.notes.keys() == {"rank", "direction", "kept_share", "sign_conflicts"}
+            assert all(note.device == CUDA for note in whole.notes.values() if isinstance(note, torch.Tensor))
 
 
 def test_the_fake_device_does_catch_a_wait(fake: FakeTensorMode) -> None:
