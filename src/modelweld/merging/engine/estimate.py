@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 
 from modelweld.checkpoints.buffers import bytes_of
-from modelweld.config.methods import MethodParameters
+from modelweld.config.methods import MethodParameters, Ties
+from modelweld.merging.engine.chunks import in_host_memory
 from modelweld.merging.engine.compute import chunk_elements
 from modelweld.merging.engine.inputs import Inputs
 from modelweld.merging.engine.memory import SLACK, working_bytes
-from modelweld.merging.engine.plan import Plan, TensorPlan
+from modelweld.merging.engine.plan import SURVEYED, Plan, TensorPlan
+from modelweld.merging.engine.trimming import Survey, survey
+from modelweld.merging.operands import gram
 from modelweld.merging.registry import TensorContext, method
 
 _TRIAL_S = 0.25
@@ -137,7 +141,13 @@ def seconds(plan: Plan, experts: int, rates: Rates, threads: int) -> float:
         made_dense = 2.0 * tensor.elements * sum(tensor.ranks) if tensor.route == "densified" else 0.0
         compute += (work.gemm + made_dense) / rates.gemm + work.eigh / rates.eigh
         compute += work.entries / rates.entries[tensor.parameters]
-    return (plan.read_bytes / rates.read + compute) / threads + plan.write_bytes / rates.write
+    read = sum(tensor.read_bytes * (2 if _twice(tensor.parameters) else 1) for tensor in plan.tensors)
+    return (read / rates.read + compute) / threads + plan.write_bytes / rates.write
+
+
+def _twice(parameters: MethodParameters | None) -> bool:
+    """Whether a tensor is read once to survey or hash it, and once more to merge it."""
+    return isinstance(parameters, SURVEYED) or "seed" in type(parameters).model_fields if parameters else False
 
 
 def calibrate(plan: Plan, inputs: Inputs, out: Path) -> Rates:
@@ -168,12 +178,32 @@ def _entries(parameters: MethodParameters, inputs: Inputs, gemm: float, eigh: fl
     stack = torch.randn(experts, *shape, generator=torch.Generator().manual_seed(0))
     labels = tuple(expert.label for expert in inputs.experts)
     context = TensorContext("calibration", labels, labels, torch.zeros(shape), finite=True)
-    spent = _timed(lambda: chosen.merge(stack, parameters, inputs.weights, context=context))
     if not chosen.whole_matrix:
-        return count / spent
+        return count / _timed(_chunk_trial(parameters, inputs, stack, context))
+    spent = _timed(lambda: chosen.merge(stack, parameters, inputs.weights, context=context))
     side = float(_MATRIX)
     known = (4 * experts + 2) * side**3 / gemm + 9 * side**3 / eigh
     return experts * side * side / max(spent - known, 0.1 * spent)
+
+
+def _chunk_trial(
+    parameters: MethodParameters, inputs: Inputs, stack: Tensor, context: TensorContext
+) -> Callable[[], object]:
+    """A chunk, merged in host memory by a method that sees a few numbers of the whole tensor at most."""
+    origin = torch.zeros(stack.shape[1])
+
+    def passes() -> Iterator[tuple[Tensor, Tensor]]:
+        yield stack, origin
+
+    def trial() -> object:
+        known: Survey | Tensor | None = None
+        if isinstance(parameters, Ties):
+            known = survey(passes, stack[:, : 1 << 14], stack.shape[1], parameters.density)
+        elif isinstance(parameters, SURVEYED):
+            known = gram(stack)
+        return in_host_memory(parameters, inputs.weights, context, stack.dtype, known)(stack, origin, 0)
+
+    return trial
 
 
 def _timed(trial: Callable[[], object]) -> float:
