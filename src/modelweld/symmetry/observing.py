@@ -87,7 +87,7 @@ def observe(
             file = None if scratch is None else scratch / f"{len(gathered)}.sums"
             gathered[seen] = Activations(None if whole else len(parts[0]), file)
         try:
-            gathered[seen].add(torch.cat(list(parts)))
+            gathered[seen].add(*parts)
         except MergeError as error:
             raise MergeError(error.what, where=f"the units of {seen[0]}", mend=error.mend) from error
 

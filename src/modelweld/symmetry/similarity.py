@@ -9,6 +9,7 @@ the paper's variant, where all features are laid end to end. Source: MuDSC, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from modelweld.symmetry.families import Family, Placement, Site, view
 # Two or fewer numbers a unit (a norm's gain and bias) correlate to plus or minus one whatever they are.
 LEAST_FEATURES = 3
 # How much of the sums is in memory at a time, and of how many samples.
-STRIP_BYTES, SAMPLES = 1 << 25, 2048
+STRIP_BYTES, SAMPLES = 1 << 25, 1024
 
 
 def correlate(features: Tensor, rows: int | None = None) -> Tensor:
@@ -94,32 +95,47 @@ class Activations:
         self._products: Sums | None = None
         self._count = 0
 
-    def add(self, batch: Tensor) -> None:
-        """`batch` has shape (models · units, samples); raises MergeError when it is not finite."""
-        if not torch.isfinite(batch).all():
+    def add(self, *batch: Tensor) -> None:
+        """One (models · units, samples), or one (units, samples) a model; MergeError where they are not finite."""
+        samples = batch[0].shape[1]
+        chunks = [[part[:, start : start + SAMPLES] for part in batch] for start in range(0, samples, SAMPLES)]
+        for chunk in chunks:
+            self._summed(torch.cat([part.double() for part in chunk]))
+        shift, sums = self._shift, self._products
+        if shift is None or sums is None:
+            return
+
+        def shifted(chunk: Sequence[Tensor], rows: slice) -> Tensor:
+            # Only the rows that are asked for: of a wide layer the whole in float64 is larger than the sums.
+            ends = list(accumulate(len(part) for part in chunk))
+            taken = [
+                part[max(0, rows.start - end + len(part)) : max(0, rows.stop - end + len(part))]
+                for part, end in zip(chunk, ends, strict=True)
+            ]
+            return torch.cat([part.double() for part in taken]).sub_(shift[rows])
+
+        first, total = self._rows or 0, len(shift)
+
+        def add_up(rows: slice, strip: Tensor) -> None:
+            for chunk in chunks:
+                strip.addmm_(shifted(chunk, rows), shifted(chunk, slice(first, total)).T)
+
+        sums.change(add_up)
+        self._count += samples
+
+    def _summed(self, values: Tensor) -> None:
+        if not torch.isfinite(values.sum()):
             raise MergeError("an activation is not finite", mend="look for overflow in the experts, or mask the row")
         if self._products is None or self._shift is None:
-            units = len(batch)
-            self._shift = batch.mean(dim=1, keepdim=True, dtype=torch.float64)
+            units = len(values)
+            self._shift = values.mean(dim=1, keepdim=True)
             self._sum = torch.zeros(units, 1, dtype=torch.float64)
             self._squares = torch.zeros(units, dtype=torch.float64)
             rows = units if self._rows is None else self._rows
             self._products = Sums(rows, units if self._rows is None else units - rows, self._file)
-        shift = self._shift
-        parts = [batch[:, start : start + SAMPLES] for start in range(0, batch.shape[1], SAMPLES)]
-        for part in parts:
-            shifted = part.double().sub_(shift)
-            self._sum += shifted.sum(dim=1, keepdim=True)
-            self._squares += torch.linalg.vecdot(shifted, shifted)
-
-        def accumulate(start: int, strip: Tensor) -> None:
-            for part in parts:
-                left = part[start : start + len(strip)].double().sub_(shift[start : start + len(strip)])
-                right = part[self._rows :].double().sub_(shift[self._rows :])
-                strip.addmm_(left, right.T)
-
-        self._products.change(accumulate)
-        self._count += batch.shape[1]
+        values.sub_(self._shift)
+        self._sum += values.sum(dim=1, keepdim=True)
+        self._squares += torch.linalg.vecdot(values, values)
 
     def correlation(self) -> Tensor:
         """The correlation of all that was added; raises MergeError without at least two samples."""
@@ -147,19 +163,19 @@ class Sums:
             with disk_errors(file), file.open("wb") as made:
                 made.truncate(8 * rows * columns)
 
-    def change(self, change: Callable[[int, Tensor], None]) -> None:
-        """Call `change` with the first row's number and a strip of rows, which it alters in place, for all strips."""
-        if self._file is None:
-            change(0, self._held)
-            return
+    def change(self, change: Callable[[slice, Tensor], None]) -> None:
+        """Call `change` with the numbers of some rows and these, which it alters in place, until all had their turn."""
         rows, columns = self._shape
+        if self._file is None:
+            change(slice(0, rows), self._held)
+            return
         strip = max(1, STRIP_BYTES // max(1, 8 * columns))
         with disk_errors(self._file), self._file.open("r+b", buffering=0) as opened:
             for start in range(0, rows, strip):
                 count = min(strip, rows - start)
                 opened.seek(8 * start * columns)
                 held = np.fromfile(opened, np.float64, count * columns).reshape(count, columns)
-                change(start, torch.from_numpy(held))
+                change(slice(start, start + count), torch.from_numpy(held))
                 opened.seek(8 * start * columns)
                 held.tofile(opened)
 
