@@ -11,9 +11,12 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from modelweld.checkpoints import Checkpoint
 from modelweld.config import Params
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources import changes, fetch, pin, resolve
+from modelweld.sources.peeking import peek
+from modelweld.sources.upstream import open_upstream
 
 
 def run(where: Path, *words: str) -> str:
@@ -166,3 +169,12 @@ def test_dvc_repro_runs_the_stage_and_only_for_what_changed(tmp_path: Path) -> N
     assert "Stage 'fetch@model-base' didn't change, skipping" in said
     assert "Running stage 'fetch@model-expert'" in said
     assert weights_of(tmp_path / "models/expert") == weights_of(tmp_path / "up/expert")
+
+
+def test_headers_are_read_from_a_remote(zoo: Path, tmp_path: Path) -> None:
+    run(tmp_path, "git", "clone", "-q", str(zoo), "clone")
+    upstream = open_upstream("dvc://clone@v1:models/a", tmp_path, "models.base.uri")
+    peek(upstream, upstream.resolve().files, tmp_path / "seen")
+    with Checkpoint.open(tmp_path / "seen") as seen:
+        assert seen.tensors["w"].shape == (64, 64)
+    assert weights_of(tmp_path / "seen") != expected(tmp_path, 1)

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from modelweld.checkpoints import Checkpoint
 from modelweld.config import Params
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources import Lock, PinnedFile, changes, fetch, pin, resolve
+from modelweld.sources.peeking import peek
+from modelweld.sources.upstream import open_upstream
 
 LFS = (".safetensors", ".bin", ".parquet", ".h5")
 
@@ -344,3 +347,17 @@ def test_shards_come_side_by_side_and_one_bad_shard_fails_the_fetch(hub: Hub, tm
     hub.commits[commit].update(shards)
     fetch(entry, tmp_path / "models/base", tmp_path)
     assert read(tmp_path / "models/base") == {"config.json": b"{}", **shards}
+
+
+def test_headers_are_read_without_the_weights(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.push("models/org/base", repository(rows=400_000))  # 100 MB
+    upstream = open_upstream("hf://org/base@main", tmp_path, "models.base.uri")
+    files = upstream.resolve().files
+    read = peek(upstream, {name: files[name] for name in ("config.json", "model.safetensors")}, tmp_path / "seen")
+    assert read < 1 << 17
+    assert hub.requests[-1][0].endswith(f"/resolve/{commit}/model.safetensors")
+    with Checkpoint.open(tmp_path / "seen") as seen:
+        assert seen.tensors["w"].shape == (400_000, 64)
+    whole = (tmp_path / "seen" / "model.safetensors").stat()
+    assert whole.st_size == files["model.safetensors"].size_bytes
+    assert whole.st_blocks * 512 < 1 << 20, "a hole, not zeros"
