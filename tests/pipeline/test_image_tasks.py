@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from modelweld.cli.app import main
 from modelweld.errors import CheckpointError, GateRefused, InputError
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline
@@ -141,6 +142,51 @@ def test_a_broken_and_a_leaked_image_are_refused(finished: Path, tmp_path: Path)
     assert failed["no_image_leaked_from_training"] == "datasets/high/test.parquet: row 1"
     with pytest.raises(InputError, match="row 0: 6 bytes"):
         evaluate("high", root / "params.yaml", root)
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
+
+
+def test_by_hand_a_column_of_images_says_that_images_are_classified(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = str(finished / "datasets" / "low")
+    assert run(["evaluate", str(finished / "models" / "low"), "--dataset", rows, "--image", "image", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    kept = evaluate("low", finished / "params.yaml", finished)
+    assert document["systems"]["model"]["accuracy"]["value"] == kept["systems"]["expert"]["accuracy"]["value"]
+    named = ["--dataset", rows, "--kind", "text-classification", "--text", "label"]
+    assert run(["evaluate", str(finished / "models" / "low"), *named]) == 2
+    assert "classifies no texts" in capsys.readouterr().err
+
+
+def test_jointly_every_head_answers_every_row(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = ["--params", str(finished / "params.yaml")]
+    assert run(["evaluate", str(finished / "merged"), "--joint", *params, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["classes"] == {"high": ["7", "8", "9"], "low": ["0", "1", "2"]}
+    assert document["rows"] == sum(len(pd.read_parquet(finished / "datasets" / t / "test.parquet")) for t in TASKS)
+    for task in TASKS:
+        alone = evaluate(task, finished / "params.yaml", finished)["systems"]
+        assert document["within"][task]["ensemble"] == alone["expert"]["accuracy"]["value"]
+        assert document["within"][task]["model"] == alone["merged"]["accuracy"]["value"]
+    # Among twice as many classes nobody can be right more often.
+    joint = {name: found["accuracy"]["value"] for name, found in document["systems"].items()}
+    assert joint["ensemble"] <= max(found["ensemble"] for found in document["within"].values())
+    assert document["systems"]["ensemble"]["normalised"] == 1.0
+    assert run(["evaluate", str(finished / "merged"), "--joint", *params]) == 0
+    assert "within each task" in capsys.readouterr().out
+
+
+def test_jointly_needs_heads_of_image_tasks(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = ["--params", str(finished / "params.yaml")]
+    assert run(["evaluate", str(finished / "models" / "low"), "--joint", *params]) == 2
+    assert "two heads or more" in capsys.readouterr().err
+    assert run(["evaluate", str(finished / "merged"), "--joint", "--task", "low", *params]) == 2
+    assert "--task" in capsys.readouterr().err
 
 
 def test_the_wrong_kind_of_task_is_named(finished: Path, tmp_path: Path) -> None:

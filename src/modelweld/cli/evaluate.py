@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from modelweld.cli.app import app, emit
+from modelweld.errors import ConfigError
 
 Base = Annotated[
     Path | None,
@@ -24,7 +25,13 @@ def evaluate(
         typer.Option(help="A folder of <split>.parquet|csv|jsonl, such a file, or hf://org/name@revision."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split to score.")] = None,
+    kind: Annotated[
+        Literal["text-classification", "image-classification"] | None, typer.Option(help="What is classified.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="The column with the texts.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="The column with the images; says that images are classified.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="The column with the labels.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longer texts are cut, in tokens.")] = None,
     metric: Annotated[
@@ -35,15 +42,41 @@ def evaluate(
         "params.yaml"
     ),
     base: Base = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Image tasks: score all heads together, over the classes of all of them.")
+    ] = False,
 ) -> None:
     """Score one model on one task; what is not said here is taken from params.yaml, where there is one."""
-    from modelweld.reporting.tables import task_table
+    from modelweld.reporting.tables import joint_table, task_table
     from modelweld.stages.evaluate import asked, evaluate_model
 
-    said = {"dataset": dataset, "split": split, "text": text, "label": label, "max_length": max_length}
+    if joint:
+        named = {"--task": task, "--dataset": dataset, "--kind": kind, "--text": text}
+        _none_of({**named, "--expert": expert}, "--joint takes all heads, their datasets and experts from params.yaml")
+        from modelweld.stages.joint import evaluate_joint
+
+        both = evaluate_joint(model, params, {"split": split, "image": image, "label": label}, metric).to_dict()
+        emit(both, joint_table(both))
+        return
+    said: dict[str, Any] = {
+        "dataset": dataset,
+        "split": split,
+        "kind": kind,
+        "text": text,
+        "image": image,
+        "label": label,
+    }
+    said |= {"max_length": max_length}
     sample, how = asked(task, params, said, metric)
     document = evaluate_model(model, sample, how, task=task, expert=expert, root=Path(), base=base).to_dict()
     emit(document, task_table(document))
+
+
+def _none_of(options: dict[str, Any], why: str) -> None:
+    """Refuse options that make no sense beside another."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(why, where=", ".join(given), mend="leave them out")
 
 
 @app.command()

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from modelweld.reporting.documents import SIGNIFICANT, Scoreboard, document_of, mark, metric_name
 
+REFERENCES = ("expert", "ensemble")
 EMPHASIS = {"merged": "bold", "base": "dim", "expert": ""}
 
 
@@ -52,10 +54,10 @@ def score_table(scoreboard: Scoreboard) -> Table:
 
 def task_table(document: Mapping[str, Any]) -> Table:
     """A rich table of one task's document (scores/<task>.json): every system with both metrics and their intervals."""
-    compared = "expert" in document["systems"]
+    compared = next((name for name in REFERENCES if name in document["systems"]), None)
     title = f"{document['task']}, {document['rows']:,} rows, in % with {100 * document['confidence']:g} % intervals"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("system", "accuracy", "macro-F1", *(("share of expert", "p") if compared else ())):
+    for column in ("system", "accuracy", "macro-F1", *((f"share of {compared}", "p") if compared else ())):
         table.add_column(column, justify="left" if column == "system" else "right")
     for system, entry in document["systems"].items():
         cells = [system]
@@ -67,3 +69,14 @@ def task_table(document: Mapping[str, Any]) -> Table:
             cells += [f"{entry['normalised']:.3f}", f"{entry['versus_expert']['p_value']:.2g}"]
         table.add_row(*cells)
     return table
+
+
+def joint_table(document: Mapping[str, Any]) -> Group:
+    """The table of a joint document, and below it each system's accuracy within the classes of every task alone."""
+    within = Table(title="accuracy within each task's own classes, in %", box=box.SIMPLE_HEAD, title_justify="left")
+    within.add_column("system")
+    for task in document["within"]:
+        within.add_column(task, justify="right")
+    for system in document["systems"]:
+        within.add_row(system, *(f"{100 * found[system]:.1f}" for found in document["within"].values()))
+    return Group(task_table(document), within)

@@ -100,8 +100,8 @@ def evaluate(task: str, params_file: Path, root: Path) -> dict[str, Any]:
     trial = Trial(
         task=task,
         rows=sample.read(),
-        space=_classes(expert, base=base),
-        settings=_settings(sample.max_length, params.evaluate),
+        space=classes_of(expert, base=base),
+        settings=settings_of(sample.max_length, params.evaluate),
         cache=_cache(root),
     )
     outcome = _run(trial, _systems(task, expert, root), params.evaluate, EXPERT)
@@ -131,19 +131,19 @@ def evaluate_model(
         missing = "it holds several heads" if task is None else f"no head for task {task!r}"
         raise ConfigError(missing, where=str(model), mend=f"--task: one of {', '.join(heads)}")
     own = base_for(model, base, root)
-    classes = _classes(model, task if heads else None, own)
+    classes = classes_of(model, task if heads else None, own)
     trial = Trial(
         task=task or model.resolve().name,
         rows=sample.read(),
         space=classes,
-        settings=_settings(sample.max_length, how),
+        settings=settings_of(sample.max_length, how),
         cache=_cache(root),
     )
     system = System(MODEL, model, task=task if heads else None, base=own)
     if expert is None:
         return _run(trial, [system], how, MODEL).scores
     theirs = base_for(expert, base, root)
-    if _classes(expert, base=theirs) != classes:
+    if classes_of(expert, base=theirs) != classes:
         raise CheckpointError(
             "its classes are not those of the model", where=str(expert), mend="name the expert of this very task"
         )
@@ -162,6 +162,9 @@ def asked(
     how = params.evaluate if params else Evaluate()
     if metric is not None:
         how = Evaluate.model_validate(how.model_dump() | {"metric": metric})
+    if "image" in said:
+        # Who names a column of images does not mean texts.
+        said.setdefault("kind", "image-classification")
     if params is not None and task in params.tasks:
         known = Sample.of(params.tasks[task], params_file.parent)
     elif "dataset" in said:
@@ -210,7 +213,7 @@ def _predict_all(trial: Trial, systems: Sequence[System], digests: dict[str, str
         make, read_by = _text_predictor(trial.rows), lambda system: tokenizer_digest(system.side_files)
     dataset = trial.rows.digest()
     predictions: dict[str, Predictions] = {}
-    with _progress(trial.task, len(systems) * len(trial.rows)) as advance:
+    with progress_of(trial.task, len(systems) * len(trial.rows)) as advance:
         for system in systems:
             key = prediction_key(system, digests[system.name], read_by(system), dataset, trial.space, trial.settings)
             found = trial.cache.get(key, len(trial.rows))
@@ -281,7 +284,8 @@ def _systems(task: str, expert: Path, root: Path) -> list[System]:
     ]
 
 
-def _classes(model: Path, task: str | None = None, base: Path | None = None) -> LabelSpace:
+def classes_of(model: Path, task: str | None = None, base: Path | None = None) -> LabelSpace:
+    """The classes of a model's head, or of that of one task; InputError where nothing names them."""
     document = config_of(model, task, base)
     if not document:
         raise InputError(
@@ -292,7 +296,8 @@ def _classes(model: Path, task: str | None = None, base: Path | None = None) -> 
     return LabelSpace.from_config(document, str(model))
 
 
-def _settings(max_length: int, how: Evaluate) -> Settings:
+def settings_of(max_length: int, how: Evaluate) -> Settings:
+    """How predictions are made here: by `evaluate:`, on the device that MODELWELD_DEVICE names."""
     # A merge takes all devices of a list, one process each; an evaluation is one process.
     device = choose_device((os.environ.get("MODELWELD_DEVICE") or "auto").partition(",")[0])
     return Settings(max_length, how.batch_tokens, device, how.precision)
@@ -304,7 +309,7 @@ def _cache(root: Path) -> PredictionCache:
 
 
 @contextmanager
-def _progress(task: str, rows: int) -> Iterator[Callable[[int], None]]:
+def progress_of(task: str, rows: int) -> Iterator[Callable[[int], None]]:
     """One bar for all systems; transformers' own bar for each model it loads would tear it."""
     from transformers.utils import logging
 
