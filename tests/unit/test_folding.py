@@ -120,6 +120,9 @@ def test_an_exported_adapter_needs_neither_modelweld_nor_peft(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="no model without its base"):
         export(root / "e0", None, root / "other")
     assert not (root / "other").exists()
+    (root / "base" / "notes.txt").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match="link out of its directory"):
+        export(root / "e0", None, root / "leaked", base=root / "base")
 
 
 def test_a_merge_kept_as_an_adapter_keeps_its_heads(tmp_path: Path) -> None:

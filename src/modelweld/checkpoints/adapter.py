@@ -387,9 +387,14 @@ def _refuse_variants(config: Mapping[str, Any], label: str, file: Path) -> None:
             where=str(file),
             mend="convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key, 8), int | float) or isinstance(config.get(key), bool):
-            raise CheckpointError(f"{label} has {key}: {config.get(key)!r}", where=str(file))
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{label} has a {key} that is no mapping", where=str(file))
+    numbers = {key: config.get(key, 8) for key in ("r", "lora_alpha")}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        numbers |= {f"{pattern}, {key!r}": value for key, value in (config.get(pattern) or {}).items()}
+    for key, value in numbers.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise CheckpointError(
+                f"{label} has {key}: {value!r}, which is no number", where=str(file), mend="save the adapter again"
+            )

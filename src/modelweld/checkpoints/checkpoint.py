@@ -91,8 +91,12 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as it stands; empty when there is none."""
-        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        return read_json(file) if file.is_file() else {}
+        directory = self.path if self.path.is_dir() else self.path.parent
+        file = directory / "config.json"
+        if not file.is_file():
+            return {}
+        require_inside(file, directory)
+        return read_json(file)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, copied out of its file."""
@@ -199,7 +203,7 @@ def _stamp(descriptor: int) -> tuple[int, int]:
 def _read_headers(path: Path, files: list[Path], descriptors: dict[Path, int]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        _inside(file, path if path.is_dir() else path.parent)
+        require_inside(file, path if path.is_dir() else path.parent)
         descriptors[file] = _opened(file)
         for name, info in read_header(descriptors[file], file).items():
             if name in tensors:
@@ -282,8 +286,11 @@ def _pickle_files(path: Path, *, allow_pickle: bool) -> list[Path]:
     return found[:1]
 
 
-def _inside(file: Path, directory: Path) -> None:
-    """A weight file must lie in its directory, or be a link into the store that keeps it by content."""
+def require_inside(file: Path, directory: Path) -> None:
+    """Return only for a file that lies in its directory, or is a link into the store that keeps it by content.
+
+    Raises CheckpointError for any other link: a model may come from anywhere, and what it links to would be published.
+    """
     try:
         target = file.resolve(strict=True)
     except (OSError, RuntimeError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modelweld.checkpoints.adapter import is_adapter
-from modelweld.checkpoints.checkpoint import Checkpoint, read_json
+from modelweld.checkpoints.checkpoint import Checkpoint, read_json, require_inside
 from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.header import TensorInfo
 from modelweld.checkpoints.shards import ShardFile, lay_out
@@ -111,6 +111,7 @@ def export(path: str | Path, task: str | None, out: str | Path, *, base: str | P
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(_directory(base).iterdir() if adapter and base is not None else root.iterdir()):
             if file.is_file() and not WEIGHTS.search(file.name):
+                require_inside(file, file.parent)
                 shutil.copyfile(file, target / file.name)
         if head is not None:
             shutil.copyfile(head / "config.json", target / "config.json")

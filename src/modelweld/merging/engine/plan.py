@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from modelweld.checkpoints import TensorInfo, tensor_digest
 from modelweld.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from modelweld.checkpoints.checkpoint import read_json
+from modelweld.checkpoints.checkpoint import read_json, require_inside
 from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.checkpoints.shards import Layout, lay_out
@@ -393,8 +393,11 @@ def _config_dtype(recipe: Recipe, inputs: Inputs) -> str | None:
 
 def _side_files(path: Path) -> tuple[str, ...]:
     directory = path if path.is_dir() else path.parent
-    files = (file.name for file in directory.iterdir() if file.is_file())
-    return tuple(sorted(name for name in files if any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)))
+    files = sorted(file.name for file in directory.iterdir() if file.is_file())
+    chosen = tuple(name for name in files if any(fnmatchcase(name, pattern) for pattern in SIDE_FILES))
+    for name in chosen:
+        require_inside(directory / name, directory)
+    return chosen
 
 
 def _notes(inputs: Inputs, tensors: list[TensorPlan]) -> tuple[str, ...]:
