@@ -13,6 +13,7 @@ from modelweld.merging.engine.chunks import in_host_memory
 from modelweld.merging.engine.trimming import SAMPLE_BLOCK, sample_starts, survey
 from modelweld.merging.operands import gram
 from modelweld.merging.registry import TensorContext, method
+from modelweld.merging.selection import magnitude_threshold
 
 LENGTH = 5000  # more than one piece of a loop, and not a whole number of them
 LABELS = ("a", "b", "c")
@@ -99,6 +100,15 @@ def test_ties_over_chunks_is_ties_of_the_tensor(
     expected = method("ties").merge(stack - base, parameters, weights, context=context())
     assert torch.equal(merged, expected)
     assert passes < 6
+    kept = [delta * (delta.abs() >= magnitude_threshold(delta, density)) for delta in stack - base]
+    elected = torch.stack(kept).sum(dim=0).sign()
+    elected = torch.where(elected == 0, elected.sum().sign(), elected)
+    left = sum(int((own != 0).sum()) for own in kept)
+    outvoted = sum(int((own * elected < 0).sum()) for own in kept)
+    outvoted += sum(int((own != 0)[elected == 0].sum()) for own in kept)
+    notes = known.notes(LENGTH)
+    assert notes["kept_share"] == left / (3 * LENGTH)
+    assert notes["sign_conflicts"] == pytest.approx(outvoted / max(left, 1), abs=1e-12)
 
 
 @pytest.mark.parametrize(

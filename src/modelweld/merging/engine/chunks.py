@@ -124,7 +124,7 @@ def _elected(known: Survey, shares: Tensor, divisor: float) -> Into:
 
     def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
         values = stack.numpy(), origin.numpy(), known.thresholds, shares.numpy()
-        kernels.elect(*values, exact(divisor), exact(known.vote), merged.numpy())
+        known.count(*kernels.elect(*values, exact(divisor), exact(known.vote), merged.numpy()))
 
     return into
 

@@ -173,8 +173,9 @@ class Worker:
         inputs = known or _hexdigests(hashers)
         if base is None:
             inputs = {label: inputs[label] for label in self._labels}
+        said = figures(surveyed.notes(tensor.elements)) if isinstance(surveyed, Survey) else {}
         fallback: Literal["blocks"] | None = "blocks" if self._lane.block < DEVICE_CHUNK else None
-        return _finished(tensor, written, inputs, rounding if base is not None else None, {}, fallback)
+        return _finished(tensor, written, inputs, rounding if base is not None else None, said, fallback)
 
     def _combine(
         self,

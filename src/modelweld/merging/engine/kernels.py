@@ -71,9 +71,12 @@ def survey(
 @compiled
 def elect(
     stack: Floats, origin: Floats, cuts: Floats, shares: Floats, divisor: Number, vote: Number, merged: Floats
-) -> None:
-    """Into `merged`: TIES' elected mean of what reaches the `cuts` `(N,)`; `divisor` 0 is the disjoint mean."""
-    count = len(stack)
+) -> tuple[int, int]:
+    """Into `merged`: TIES' elected mean of what reaches the `cuts` `(N,)`; `divisor` 0 is the disjoint mean.
+
+    Returns how many entries other than 0 reach a cut at 0, and how many that reach any agree with the elected sign.
+    """
+    count, nonzero, agreeing = len(stack), 0, 0
     kept, scratch = np.empty((count, _PIECE), stack.dtype), np.empty(_PIECE, stack.dtype)
     signs, voices = np.empty(_PIECE, stack.dtype), np.empty(_PIECE, stack.dtype)
     for start in range(0, merged.size, _PIECE):
@@ -82,8 +85,12 @@ def elect(
         total[:] = 0
         for index in range(count):
             delta = _delta(stack[index, start:stop], origin[start:stop], scratch[: stop - start])
-            _keep_from(delta, cuts[index], kept[index, : stop - start], total)
-        _agreed(kept, shares, divisor, vote, signs[: stop - start], voices[: stop - start], total)
+            row = kept[index, : stop - start]
+            _keep_from(delta, cuts[index], row, total)
+            if cuts[index] == 0:
+                nonzero += _count_nonzero(row)
+        agreeing += _agreed(kept, shares, divisor, vote, signs[: stop - start], voices[: stop - start], total)
+    return nonzero, agreeing
 
 
 @compiled
@@ -127,15 +134,21 @@ def drop(
 @compiled
 def _agreed(
     kept: Floats, shares: Floats, divisor: Number, vote: Number, sign: Floats, voices: Floats, total: Floats
-) -> None:
-    """From the sums of `kept` in `total` to the mean of those who agree with their sign."""
+) -> int:
+    """From the sums of `kept` in `total` to the mean of those who agree with their sign; returns how many these are."""
     _elect_signs(total, vote, sign)
     voices[:] = 0
+    agreeing = 0
     for index in range(len(kept)):
-        _add_agreeing(kept[index, : total.size], sign, shares[index], total, voices)
+        row = kept[index, : total.size]
+        _add_agreeing(row, sign, shares[index], total, voices)
+        if shares[index] == 0:
+            agreeing += _count_agreeing(row, sign)
+    agreeing += _count_voices(voices)
     if divisor:
         voices[:] = divisor
     _divide(total, voices, sign)
+    return agreeing
 
 
 # One loop a function, whose arrays do not overlap: only such loops become vector instructions.
@@ -241,6 +254,33 @@ def _add_agreeing(kept: Floats, sign: Floats, share: Number, total: Floats, voic
         value = kept[entry] * sign[entry]
         total[entry] += value * share if value > zero else zero
         voices[entry] += voice if value > zero else zero
+
+
+# Counts of a piece are kept in 32 bits, of which a vector holds twice as many: Numba widens every sum.
+
+
+@compiled
+def _count_agreeing(kept: Floats, sign: Floats) -> int:
+    count = np.int32(0)
+    for entry in range(kept.size):
+        count = np.int32(count + np.int32(kept[entry] * sign[entry] > 0))
+    return int(count)
+
+
+@compiled
+def _count_nonzero(kept: Floats) -> int:
+    count = np.int32(0)
+    for entry in range(kept.size):
+        count = np.int32(count + np.int32(kept[entry] != 0))
+    return int(count)
+
+
+@compiled
+def _count_voices(voices: Floats) -> int:
+    count = np.int32(0)
+    for entry in range(voices.size):
+        count = np.int32(count + np.int32(voices[entry]))
+    return int(count)
 
 
 @compiled

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modelweld.merging.engine import kernels
 from modelweld.merging.engine.kernels import Floats
+from modelweld.merging.registry import Note
 
 Passes = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -23,12 +24,30 @@ SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK = 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
-    """What TIES has to know of a whole tensor: each model's trim threshold `(N,)` and the majority's sign."""
+    """What TIES has to know of a whole tensor: each model's trim threshold `(N,)` and the majority's sign.
+
+    `kept` counts, over all models, the entries other than 0 that reach their threshold, `agreeing` those of them that
+    have the elected sign. Where a threshold is 0, and for the signs, merging counts what it passes.
+    """
 
     thresholds: Floats
     vote: float
+    kept: int
+    agreeing: int = 0
+
+    def count(self, nonzero: int, agreeing: int) -> None:
+        """Add what a chunk's merge has counted."""
+        self.kept += nonzero
+        self.agreeing += agreeing
+
+    def notes(self, elements: int) -> dict[str, Note]:
+        """As a method notes them: the share of the entries that is kept, and of these the share that is outvoted."""
+        return {
+            "kept_share": self.kept / max(elements * len(self.thresholds), 1),
+            "sign_conflicts": (self.kept - self.agreeing) / max(self.kept, 1),
+        }
 
 
 def sample_starts(elements: int) -> list[int]:
@@ -78,7 +97,7 @@ class _Pass:
         self._point = np.nextafter(self._low, infinity) == self._high
         self._sure = np.where(self._point, self._low, self._high)
         self._counts = np.zeros((count, 2), np.int64)
-        self._votes = 0
+        self._votes = self._elements = 0
         self._unsure: list[Floats] = []
         self._room = np.empty((count, 0), magnitudes.dtype)
 
@@ -88,28 +107,32 @@ class _Pass:
             self._room = np.empty((len(stack), origin.size), stack.dtype)
         votes, found = kernels.survey(stack, origin, self._low, self._high, self._sure, self._counts, self._room)
         self._votes += votes
+        self._elements += origin.size
         self._unsure.append(self._room[:, :found].copy())
 
     def survey(self, rank: int) -> Survey | None:
         """What the pass has found; None when a threshold lies outside its bracket."""
-        thresholds = self._low.copy()
+        thresholds, kept = self._low.copy(), 0
         for index, (below, reached) in enumerate(self._counts.tolist()):
             if not below < rank <= reached:
                 return None
+            less = 0
             if not self._point[index]:
-                thresholds[index] = self._inside(index, rank - below)
+                thresholds[index], less = self._inside(index, rank - below)
+            kept += self._elements - below - less if thresholds[index] > 0 else 0
         # Piece by piece: together the open columns of a large tensor would be as large as a small one.
         votes = self._votes + sum(_votes(piece, thresholds) for piece in self._unsure)
-        return Survey(thresholds, float(np.sign(votes)))
+        return Survey(thresholds, float(np.sign(votes)), kept)
 
-    def _inside(self, index: int, position: int) -> np.floating[Any]:
-        """Of a model's magnitudes in its bracket the one at `position`, from 1, in their order."""
+    def _inside(self, index: int, position: int) -> tuple[np.floating[Any], int]:
+        """Of a model's magnitudes in its bracket the one at `position`, from 1, in their order; how many are less."""
         found = []
         for piece in self._unsure:
             sizes = np.abs(piece[index])
             found.append(sizes[(sizes >= self._low[index]) & (sizes < self._high[index])])
-        answer: np.floating[Any] = np.partition(np.concatenate(found), position - 1)[position - 1]
-        return answer
+        parted = np.partition(np.concatenate(found), position - 1)
+        answer: np.floating[Any] = parted[position - 1]
+        return answer, int(np.count_nonzero(parted[:position] < answer))
 
 
 def _votes(deltas: Floats, thresholds: Floats) -> int:
