@@ -6,8 +6,11 @@
     python benchmarks/drm.py --cpu-time      # one thread, processor seconds: for a machine that others use too
 
 Ratios are taken in one run on the same input: every round times each contender once, and the best round counts. The
-floor is the matrix products (at the float64 GEMM rate measured in the same run) plus one float64 `eigh`. Errors are
-relative to the float64 SVD of the definition, where that is affordable.
+floor is the matrix products (at the float64 GEMM rate measured in the same run) plus one float64 `eigh`. The shares
+say where a merge's time goes: products as many as are really made (half of a Gram matrix follows from the other half)
+at that rate, `eigh` and the threshold timed alone, and all the rest. Errors are relative to the float64 SVD of the
+definition, where that is affordable. `pairs` is how the engine works on two cores, two weights at a time with a thread
+each, beside the SVD with two threads on one after the other; it needs a quiet machine and two threads.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ import json
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modelweld.merging import LowRank, drm
+from modelweld.merging.selection import quota_threshold
 
 DROP_RATE = 0.8
 SHAPES = [(768, 768, 3), (768, 768, 5), (768, 3072, 3), (768, 3072, 5), (2048, 2048, 3), (2048, 2048, 5)]
+GRAM = 0.625  # of a Gram matrix's products that are made
 
 
 def by_svd(deltas: Tensor, *, vertical: bool) -> Tensor:
@@ -80,18 +86,27 @@ def dense_row(
     size = min(side, count * length)  # of the Gram matrix: the smaller side of [D_1 | … | D_N]
     gram = torch.randn(size, size, dtype=torch.float64, generator=generator)
     gram = gram @ gram.mT
+    basis = drm.factorise(deltas, direction=direction)
+    quota = torch.tensor(basis.directions.numel())
     seconds = best(
         {
             "modelweld": lambda: drm.merge(deltas, direction=direction, drop_rate=DROP_RATE),
             "svd_float32": lambda: by_svd(deltas, vertical=vertical),
             "eigh": lambda: torch.linalg.eigh(gram),
+            "threshold": lambda: quota_threshold(basis.directions, quota, 1 - DROP_RATE),
         },
         rounds,
         clock,
     )
     # The Gram matrix, the other side's basis, and the way back: what this route cannot do without.
-    flops = 2 * size * side * (2 * count * length + length)
-    floor = flops / gemm_rate(rounds, clock) + seconds["eigh"]
+    rate, product = gemm_rate(rounds, clock), 2 * size * side * length
+    floor = (2 * count + 1) * product / rate + seconds["eigh"]
+    shares = {
+        "products": ((1 + GRAM) * count + 1) * product / rate / seconds["modelweld"],
+        "eigh": seconds["eigh"] / seconds["modelweld"],
+        "threshold": seconds["threshold"] / seconds["modelweld"],
+    }
+    shares["rest"] = 1 - sum(shares.values())
     row: dict[str, object] = {
         "weight": f"{n}x{m}",
         "models": count,
@@ -100,12 +115,40 @@ def dense_row(
         "svd_float32_s": round(seconds["svd_float32"], 4),
         "faster_than_svd": round(seconds["svd_float32"] / seconds["modelweld"], 2),
         "times_the_floor": round(seconds["modelweld"] / floor, 2),
+        "shares": {name: round(share, 2) for name, share in shares.items()},
     }
     if check:
         exact = by_svd(deltas.double(), vertical=vertical)
         row["error"] = relative(drm.merge(deltas, direction=direction, drop_rate=DROP_RATE), exact)
         row["svd_float32_error"] = relative(by_svd(deltas, vertical=vertical), exact)
     return row
+
+
+def pair_row(n: int, m: int, count: int, direction: str, rounds: int) -> dict[str, object]:
+    """Two weights on two cores, by the wall clock: two merges side by side, and two SVDs with two threads each."""
+    generator = torch.Generator().manual_seed(n + m + count)
+    weights = [torch.randn(count, n, m, generator=generator) * 1e-3 for _ in range(2)]
+
+    def side_by_side() -> None:
+        torch.set_num_threads(1)
+        list(pool.map(lambda deltas: drm.merge(deltas, direction=direction, drop_rate=DROP_RATE), weights))
+
+    def one_after_the_other() -> None:
+        torch.set_num_threads(2)
+        for deltas in weights:
+            by_svd(deltas, vertical=direction == "vertical")
+
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        contenders = {"modelweld": side_by_side, "svd_float32": one_after_the_other}
+        seconds = best(contenders, rounds, time.perf_counter)
+    return {
+        "weight": f"{n}x{m}",
+        "models": count,
+        "direction": direction,
+        "modelweld_s": round(seconds["modelweld"], 4),
+        "svd_float32_s": round(seconds["svd_float32"], 4),
+        "faster_than_svd": round(seconds["svd_float32"] / seconds["modelweld"], 2),
+    }
 
 
 def lora_row(n: int, m: int, count: int, rank: int, rounds: int, clock: Callable[[], float]) -> dict[str, object]:
@@ -183,9 +226,19 @@ def main() -> None:
             rows.append(dense_row(n, m, count, direction, options.rounds, clock, check=max(n, m) <= 768))
             print(rows[-1], flush=True)
     result["dense"] = rows
+    if threads > 1:
+        pairs = [shape for shape in (SHAPES[:2] if options.quick else SHAPES) if shape[0] == shape[1]]
+        result["pairs"] = [
+            pair_row(*shape, direction, options.rounds) for shape in pairs for direction in ("horizontal", "vertical")
+        ]
+        torch.set_num_threads(threads)
+        print(result["pairs"], flush=True)
     result["lora"] = [lora_row(768, 768, 5, 16, options.rounds * 3, clock)]
     print(result["lora"], flush=True)
-    result["sweep"] = [sweep_row(n, n, 3, options.rounds, clock) for n in ([768] if options.quick else [768, 2048])]
+    result["sweep"] = [
+        sweep_row(n, n, count, options.rounds, clock)
+        for n, _, count in (SHAPES[:2] if options.quick else [*SHAPES[:2], *SHAPES[4:]])
+    ]
     print(result["sweep"], flush=True)
     result["load_after"] = [round(load, 1) for load in os.getloadavg()]
     print({key: result[key] for key in ("threads", "clock", "torch", "load_before", "load_after")})

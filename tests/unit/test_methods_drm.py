@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,3 +235,29 @@ def test_wrong_calls_say_what_is_wrong() -> None:
         drm.merge(deltas, weights=[1.0, 1.0, 1.0])
     with pytest.raises(MergeError, match="int64"):
         drm.merge(torch.ones(2, 3, 3, dtype=torch.int64))
+
+
+_PEAKS = """
+import torch
+from pathlib import Path
+from modelweld.merging import drm
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+torch.set_num_threads(1)
+drm.merge(torch.randn(2, 40, 40))
+for direction, shape in (("horizontal", (3, 900, 900)), ("vertical", (2, 400, 1600)), ("horizontal", (1, 1000, 1000))):
+    deltas = torch.randn(shape)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    drm.merge(deltas, direction=direction)
+    print(resident("VmHWM") - before, drm.working_bytes(*shape, direction=direction))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's peak from Linux's /proc")
+def test_the_peak_is_what_it_is_said_to_be() -> None:
+    done = subprocess.run([sys.executable, "-c", _PEAKS], capture_output=True, text=True, check=True, timeout=120)
+    for line in done.stdout.splitlines():
+        peak, said = map(int, line.split())
+        assert said / 3 < peak < said, done.stdout

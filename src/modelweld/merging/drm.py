@@ -26,6 +26,8 @@ from modelweld.merging.spectrum import JointProjection, joint_projection
 RANK_TOLERANCE = 1e-2
 _NOISE = 1e-6  # a model's share of a singular direction below which only rounding has put it there
 
+_BLOCKS_BYTES = 1 << 25  # for blocks that stay in a cache, samples, and what an allocator keeps
+
 
 @dataclass(frozen=True)
 class DrmBasis:
@@ -83,6 +85,16 @@ def resolved_direction(direction: str, n: int, m: int) -> str:
     if direction not in ("horizontal", "vertical"):
         raise MergeError(f"unknown direction {direction!r}", mend="horizontal, vertical or auto")
     return direction
+
+
+def working_bytes(count: int, n: int, m: int, *, direction: str = "horizontal") -> int:
+    """What `merge` of `(count, n, m)` takes at its peak on a CPU, beside the stack it is given."""
+    if resolved_direction(direction, n, m) == "vertical":
+        n, m = m, n
+    side = min(n, count * m)  # of the eigenproblem, which takes four such squares
+    bringing_over = side**2 + 2 * count * n * m if side < n else 0
+    finishing = count * side * m + n * side + (side + n) * m  # projections, basis, merged rows and the result
+    return 8 * (max(4 * side**2, bringing_over, finishing) + n * min(m, 1024)) + _BLOCKS_BYTES
 
 
 def factorise(deltas: Tensor, *, direction: str = "horizontal", rank_tolerance: float = RANK_TOLERANCE) -> DrmBasis:

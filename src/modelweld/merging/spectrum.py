@@ -46,12 +46,19 @@ def joint_projection(stack: Tensor, rank_tolerance: float) -> JointProjection:
         for index, start, piece in _pieces(stack):
             torch.mm(vectors.mT, piece, out=projections[index, :, start : start + piece.shape[1]])
         return JointProjection(vectors, projections, singular, rank)
-    wide = stack.transpose(0, 1).reshape(n, count * m).double()  # (n, N·m), the smaller side is N·m
-    values, vectors = torch.linalg.eigh(_gram(wide.mT.unsqueeze(0)))
+    # The smaller side is N·m: its eigenvectors give V, and the wide matrix D brings them over to U = D V / σ.
+    values, vectors = torch.linalg.eigh(_gram(_wide(stack).mT.unsqueeze(0)))
     singular, (vectors,), rank = _cut(values, rank_tolerance, vectors)
-    inverse = torch.where(singular > 0, 1 / singular, 0)
-    projections = (vectors * singular).view(count, m, -1).mT.contiguous()  # (N, r, m)
-    return JointProjection((wide @ vectors) * inverse, projections, singular, rank)
+    basis = (_wide(stack) @ vectors).mul_(torch.where(singular > 0, 1 / singular, 0))
+    projections = torch.empty(count, vectors.shape[1], m, dtype=torch.float64, device=stack.device)
+    torch.mul(vectors.reshape(count, m, -1).mT, singular[:, None], out=projections)
+    return JointProjection(basis, projections, singular, rank)
+
+
+def _wide(stack: Tensor) -> Tensor:
+    """[D_1 | … | D_N] (n, N·m) in float64; made anew for each use, so that it is not beside the eigenproblem."""
+    count, n, m = stack.shape
+    return stack.transpose(0, 1).reshape(n, count * m).double()
 
 
 def _cut(values: Tensor, rank_tolerance: float, vectors: Tensor) -> tuple[Tensor, tuple[Tensor], Tensor]:
