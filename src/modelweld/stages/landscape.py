@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.shards import disk_errors
@@ -21,12 +20,13 @@ from modelweld.errors import ConfigError, InputError
 from modelweld.lineage import manifest
 from modelweld.merging.engine import Inputs, open_inputs
 from modelweld.merging.engine.inputs import Expert, task_of
-from modelweld.stages.align.members import Member, load
+from modelweld.stages.align.members import model_of
 from modelweld.stages.align.repairing import mended
 from modelweld.stages.align.rows import Calibration, accuracy_on, calibration_of
 from modelweld.stages.plan import recipe_in
-from modelweld.stages.plane import NOTHING, Order, Plane, corners_of
+from modelweld.stages.plane import Order, Plane, corners_of
 from modelweld.symmetry.families import STATISTICS
+from modelweld.symmetry.instances import own_names
 
 FILE = Path(".modelweld") / "landscape.json"
 _CALIBRATION_ROWS = 128
@@ -103,12 +103,15 @@ class _Trial:
         limits = settings.model_copy(update={"max_length": spec.max_length})
         self._accuracy = accuracy_on(rows, limits, self.task, expert, inputs)
         self._names = expert.alignment.names
-        self._model: nn.Module = load(Member(expert.label, expert.checkpoint, {}, NOTHING), inputs)
+        self._model = model_of(expert.checkpoint)
+        self._modules = own_names(self._model, expert.checkpoint.tensors)
         self._calibration = self._batches(settings, inputs)
 
     def score(self, plane: Plane, number: int, across: float, height: float) -> float:
         """The accuracy at a point, batch statistics of its own included."""
-        self._model.load_state_dict(plane.at(across, height, number, self._names), strict=False)
+        state = plane.at(across, height, number, self._names)
+        live = {self._modules[name]: tensor for name, tensor in state.items() if name in self._modules}
+        self._model.load_state_dict(live, strict=False)
         if self._calibration is not None:
             mended(self._model, self._calibration)
         return self._accuracy(self._model)

@@ -23,6 +23,7 @@ from modelweld.merging.engine import Placement, Plan, build, open_inputs, place,
 from modelweld.merging.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.merging.engine.memory import peak_resident, working_bytes
 from modelweld.merging.engine.plan import dtype_name
+from modelweld.stages.align.price import Price, price
 from modelweld.stages.sighting import sighted
 
 _GB = 1e9
@@ -52,6 +53,7 @@ class Foresight:
     seen: Mapping[str, str] = field(default_factory=dict)
     baseline_bytes: int = 0
     cache_bytes: int = 0
+    alignment: Price | None = None
 
     def document(self) -> dict[str, Any]:
         """Everything for machines, tensor by tensor."""
@@ -84,6 +86,7 @@ class Foresight:
                 "cache_bytes": self.cache_bytes,
                 "seconds": round(self.seconds, 3),
             },
+            "alignment": self.alignment.document() if self.alignment else None,
             "fetch": dict(self.fetch),
             "seen": dict(self.seen),
             "available": {
@@ -126,6 +129,8 @@ class Foresight:
             ("disk", _size(self.disk_bytes), f"{_size(self.disk_free)}{self._disk_parts()}"),
             ("time", f"{self.seconds:.1f} s", f"{self.threads} threads on {self.device}"),
         ]
+        if self.alignment is not None:
+            rows.append(("of it, alignment", f"{self.alignment.seconds:.1f} s", _size(self.alignment.memory_bytes)))
         if self.device_memory_available is not None:
             rows.append(("device memory", _size(self.device_memory_bytes), _size(self.device_memory_available)))
         return rows
@@ -134,6 +139,7 @@ class Foresight:
         """Lines for people: heads, what is left out, notes."""
         lines = [f"head of {h.task}: {len(h.tensors)} tensors, kept from {h.model}" for h in self.plan.heads]
         lines += [f"left out: {name} ({why})" for name, why in self.plan.left_out.items()]
+        lines += [self.alignment.line()] if self.alignment else []
         lines.append(f"side files from the reference: {', '.join(self.plan.files) or 'none'}")
         lines += [f"{name} is not fetched: its headers were read at {place}" for name, place in self.seen.items()]
         return lines + [f"note: {note}" for note in self.plan.notes]
@@ -227,22 +233,27 @@ def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory
             built = build(recipe, inputs)
             rates = calibrate(built, inputs, out)
             experts = len(inputs.experts)
+            torch.set_num_threads(before)
+            alignment = price(recipe, built, inputs, Path())
     finally:
         torch.set_num_threads(before)
     working = max((working_bytes(tensor, experts) for tensor in built.tensors), default=0)
     limit = placement.limit_each(memory_limit)
+    merging = processes * peak_memory(built, experts, each, peak_resident(), limit)
     return Foresight(
         plan=built,
         experts=experts,
         device=device if processes > 1 else str(placement.devices[0]),
         threads=each * processes,
-        memory_bytes=processes * peak_memory(built, experts, each, peak_resident(), limit),
+        # Units are matched before the first tensor is merged.
+        memory_bytes=max(merging, peak_resident() + alignment.memory_bytes) if alignment else merging,
         memory_available=_available() + peak_resident(),
         device_memory_bytes=working if placement.kind == "cuda" else 0,
         device_memory_available=_device_memory(placement) if placement.kind == "cuda" else None,
         disk_bytes=built.write_bytes,
         disk_free=shutil.disk_usage(existing_parent(out)).free,
-        seconds=seconds(built, experts, rates, each * processes),
+        seconds=seconds(built, experts, rates, each * processes) + (alignment.seconds if alignment else 0.0),
+        alignment=alignment,
     )
 
 

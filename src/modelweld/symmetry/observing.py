@@ -45,7 +45,7 @@ def places(model: nn.Module, spec: Spec) -> list[Place]:
     found: dict[str, list[Place]] = {name: [] for name in spec.groups}
     for tensor, axes in spec.axes.items():
         module, _, leaf = tensor.rpartition(".")
-        if leaf != "weight" or len(axes) < 2 or not _takes_units_in(model.get_submodule(module)):
+        if leaf != "weight" or len(axes) < 2 or not takes_units_in(model.get_submodule(module)):
             continue
         for dim, factors in enumerate(axes):
             for piece in pieces(factors):
@@ -132,7 +132,8 @@ class Observed(Mapping[str, Tensor]):
         return made
 
 
-def _takes_units_in(module: nn.Module) -> bool:
+def takes_units_in(module: nn.Module) -> bool:
+    """Whether a module is a linear or convolutional layer, all of whose outputs read all of its inputs."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.groups == 1
     # transformers' Conv1D is a linear layer that stores its weight the other way around.

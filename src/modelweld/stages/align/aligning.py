@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +13,12 @@ from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
 from modelweld.merging.engine import Inputs, Plan
 from modelweld.merging.registry import method
-from modelweld.stages.align.members import base_member, members_of, moves
+from modelweld.stages.align.members import Member, base_member, members_of, moves
 from modelweld.stages.align.record import Aligned, document_of, note_of, places_of, unmoved, with_warnings
 from modelweld.stages.align.search import search
 from modelweld.stages.align.views import placed_inputs
 from modelweld.stages.symmetry import CACHE
+from modelweld.symmetry import Spec
 
 
 def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
@@ -41,23 +42,34 @@ def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
 
 
 def _matched(recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
-    if len(inputs.experts) < 2:
-        raise MergeError("alignment takes two models or more", where="models", mend="name another one")
-    common, experts = members_of(settings, inputs, root)
-    members = list(experts)
-    if _reads_base(plan, inputs, frozenset(name for name, axes in common.axes.items() if moves(axes))):
-        if settings.mode == "zip":
-            raise MergeError(
-                f"zip merges units across models, and {recipe.method_name} (or a rule) reads the base",
-                where="align.mode",
-                mend="use mode: align, or a method that needs no base",
-            )
-        members.insert(0, base_member(inputs, common, experts[0]))
+    common, members = members_for(recipe, settings, plan, inputs, root)
     with _scratch(root) as scratch:
         found = search(settings, plan, common, members, inputs, scratch)
     document = document_of(settings, recipe.method_name, common, members, found)
     views = placed_inputs(inputs, members, found.placement.placed)
     return Aligned(views, document, places_of(members, found), (note_of(document),))
+
+
+def members_for(
+    recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path
+) -> tuple[Spec, Sequence[Member]]:
+    """The common spec and the models that are matched: the experts, behind the base where the plan reads that.
+
+    Raises MergeError for a single model, for models that cannot be aligned, and for a zip with a method that reads the
+    base.
+    """
+    if len(inputs.experts) < 2:
+        raise MergeError("alignment takes two models or more", where="models", mend="name another one")
+    common, experts = members_of(settings, inputs, root)
+    if not _reads_base(plan, inputs, frozenset(name for name, axes in common.axes.items() if moves(axes))):
+        return common, experts
+    if settings.mode == "zip":
+        raise MergeError(
+            f"zip merges units across models, and {recipe.method_name} (or a rule) reads the base",
+            where="align.mode",
+            mend="use mode: align, or a method that needs no base",
+        )
+    return common, [base_member(inputs, common, experts[0]), *experts]
 
 
 @contextmanager

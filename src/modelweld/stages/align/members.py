@@ -88,17 +88,29 @@ def base_member(inputs: Inputs, common: Spec, first: Member) -> Member:
 
 def load(member: Member, inputs: Inputs) -> nn.Module:
     """The transformers model of a member in float32, of the class that its spec was derived from."""
+    if member.label != BASE:
+        return model_of(member.checkpoint)
     lender = inputs.experts[0]
-    config = _config(lender.checkpoint if member.label == BASE else member.checkpoint)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": member.checkpoint.path}
-    if member.label == BASE:
-        names, read = lender.alignment.names, member.checkpoint.read
-        state = {own: read(name) for name, own in names.items()}
-        state |= {name: lender.checkpoint.read(name) for name in lender.alignment.head}
-        source = {"pretrained_model_name_or_path": None, "state_dict": state}
-    elif isinstance(member.checkpoint, Folded):
-        state = {name: member.checkpoint.read(name) for name in member.checkpoint.tensors}
-        source = {"pretrained_model_name_or_path": None, "state_dict": state}
+    state = {own: member.checkpoint.read(name) for name, own in lender.alignment.names.items()}
+    state |= {name: lender.checkpoint.read(name) for name in lender.alignment.head}
+    return _loaded(lender.checkpoint, pretrained_model_name_or_path=None, state_dict=state)
+
+
+def model_of(checkpoint: Checkpoint) -> nn.Module:
+    """The transformers model of a checkpoint in float32, of the class that its config names."""
+    if isinstance(checkpoint, Folded):
+        state = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        return _loaded(checkpoint, pretrained_model_name_or_path=None, state_dict=state)
+    return _loaded(checkpoint, pretrained_model_name_or_path=checkpoint.path)
+
+
+def architecture(member: Member, inputs: Inputs) -> nn.Module:
+    """The class of a member's model without its weights: every shape, no memory."""
+    return instantiate(_config(inputs.experts[0].checkpoint if member.label == BASE else member.checkpoint))
+
+
+def _loaded(checkpoint: Checkpoint, **source: Any) -> nn.Module:
+    config = _config(checkpoint)
     model: nn.Module = type(instantiate(config)).from_pretrained(  # type: ignore[attr-defined]
         **source, config=config, dtype=torch.float32, local_files_only=True
     )
@@ -106,6 +118,7 @@ def load(member: Member, inputs: Inputs) -> nn.Module:
 
 
 def proved(model: nn.Module, member: Member) -> float:
+    """How far random permutations of a member's groups move its outputs; MergeError, with its label, where they do."""
     try:
         return prove(model, member.live, example_inputs(model))
     except MergeError as error:

@@ -6,7 +6,7 @@ Channels of a mean vary less than any parent's did; statistics that are averages
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,10 @@ from modelweld.config import Recipe
 from modelweld.config.align import Align
 from modelweld.errors import ConfigError, MergeError
 from modelweld.merging.engine import Execution, Inputs, Plan
+from modelweld.merging.engine.plan import HeadPlan
 from modelweld.stages.align.rows import Calibration, calibration_of, call_of
 from modelweld.symmetry.families import STATISTICS
+from modelweld.symmetry.instances import own_names
 from modelweld.symmetry.repair import repair
 
 
@@ -66,11 +68,11 @@ def repaired(
     finished, slots = dict(execution.finished), plan.layout.slots
     shards = {shard.file: ShardFile(shard, tree) for shard in plan.layout.shards}
     try:
+        names = _stored_names(model, slots, head)
         for buffer, statistic in _statistics(model):
-            name = head.reference_prefix + buffer.removeprefix(head.prefix) if head else buffer
-            if name not in slots:
-                raise MergeError("is in no file of the merge", where=name, mend="leave `repair` out: repair: false")
-            slot = slots[name]
+            if buffer not in names:
+                raise MergeError("is in no file of the merge", where=buffer, mend="leave `repair` out: repair: false")
+            name, slot = names[buffer], slots[names[buffer]]
             raw = bytes_of(statistic.to(slot.dtype).contiguous())
             shards[slot.file].write(slot, 0, raw)
             finished[name] = replace(finished[name], digest=blake3(raw).hexdigest())
@@ -81,6 +83,13 @@ def repaired(
             shard.close()
     rows, digest = calibration.record["rows"], calibration.record["digest"]
     return replace(execution, finished=finished), {"rows": rows, "digest": digest, "layers": layers}
+
+
+def _stored_names(model: nn.Module, stored: Iterable[str], head: HeadPlan | None) -> dict[str, str]:
+    """By a tensor's name in the model, the one that the merge stores it under."""
+    prefix, reference = (head.prefix, head.reference_prefix) if head else ("", "")
+    own = {prefix + name.removeprefix(reference): name for name in stored}
+    return {live: own[name] for name, live in own_names(model, own).items()}
 
 
 def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -79,7 +79,8 @@ class Scorer:
             state = {names[name]: tensor for name, tensor in merged.items() if name in names}
             state |= {name: expert.checkpoint.read(name) for name in expert.alignment.head}
             modules = self._modules[trial.expert]
-            model.load_state_dict({modules[name]: tensor for name, tensor in state.items()}, strict=False)
+            live = {modules[name]: tensor for name, tensor in state.items() if name in modules}
+            model.load_state_dict(live, strict=False)
             if self._calibration is not None:
                 mended(model, self._calibration)
             scores.append(trial.accuracy(model))
