@@ -12,8 +12,8 @@ from typing import Any
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 FIGURES = {
     "delta_survival": "delta survival: share of the merged change that rounding left",
-    "sign_conflicts": "sign conflicts: share of entries on which the experts pull apart",
-    "kept_share": "kept share: entries of the task vectors that were not pruned",
+    "sign_conflicts": "sign conflicts: share of the kept entries whose sign lost the election",
+    "kept_share": "kept share: entries of the task vectors that pruning left",
 }
 
 
