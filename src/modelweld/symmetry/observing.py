@@ -24,6 +24,7 @@ from modelweld.symmetry.similarity import Activations
 from modelweld.symmetry.spec import Piece, Spec, length, pieces
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
+ROWS = 16
 # A group, and at which of the tensors that hold it, in their order.
 Seen = tuple[str, int]
 
@@ -75,9 +76,9 @@ def observe(
     Without `whole`, only the first model's units are correlated, with all others, which is what `align` takes: a small
     part of the memory. With a `scratch` folder the sums are kept there, and one group's correlation is made when it is
     asked for; it has to stay until the last one was. A group seen at several places has the mean of their correlations,
-    one vote a place. Positions that an `attention_mask` hides are left out. Every model sees the same batches; one
-    batch of activations is held at a time. Raises MergeError for activations that are not finite (naming the module
-    that they come from) and for an empty calibration set.
+    one vote a place. Positions that an `attention_mask` hides are left out. The models run side by side, a few rows of
+    the same batch at a time, and what they do at one place is held. Raises MergeError for activations that are not
+    finite, naming the group, and for an empty calibration set.
     """
     chosen = places(models[0], spec)
     gathered: dict[Seen, Activations] = {}
@@ -91,8 +92,10 @@ def observe(
         except MergeError as error:
             raise MergeError(error.what, where=f"the units of {seen[0]}", mend=error.mend) from error
 
-    for batch in batches:
-        _together(models, chosen, batch, add)
+    with ThreadPoolExecutor(len(models)) as pool:
+        for batch in batches:
+            for part in _parts(batch):
+                _together(pool, models, chosen, part, add)
     if chosen and not gathered:
         raise MergeError("the calibration set is empty", mend="give a few hundred rows")
     found = Observed(gathered)
@@ -166,8 +169,28 @@ class _Meeting:
             self._add(first, parts)
 
 
+def _parts(batch: Batch) -> Iterator[Batch]:
+    """A batch a few rows at a time: what is inside a wide layer is many times as large as what goes in."""
+    tensors = [value for value in (batch if isinstance(batch, tuple) else batch.values()) if isinstance(value, Tensor)]
+    rows = max((len(tensor) for tensor in tensors if tensor.ndim), default=0)
+
+    def cut(value: Any, start: int) -> Any:
+        whole = not isinstance(value, Tensor) or not value.ndim or len(value) != rows
+        return value if whole else value[start : start + ROWS]
+
+    for start in range(0, rows, ROWS):
+        if isinstance(batch, tuple):
+            yield tuple(cut(value, start) for value in batch)
+        else:
+            yield {name: cut(value, start) for name, value in batch.items()}
+
+
 def _together(
-    models: Sequence[nn.Module], chosen: Sequence[Place], batch: Batch, add: Callable[[Seen, Sequence[Tensor]], None]
+    pool: ThreadPoolExecutor,
+    models: Sequence[nn.Module],
+    chosen: Sequence[Place],
+    batch: Batch,
+    add: Callable[[Seen, Sequence[Tensor]], None],
 ) -> None:
     """Run all models on a batch side by side, and `add` what they do at each place they come to."""
     meeting = _Meeting(len(models), add)
@@ -181,8 +204,7 @@ def _together(
             meeting.give_up()
             raise
 
-    with ThreadPoolExecutor(len(models)) as pool:
-        running = [pool.submit(run, number) for number in range(len(models))]
+    running = [pool.submit(run, number) for number in range(len(models))]
     errors = [error for error in (one.exception() for one in running) if error is not None]
     told = [error for error in errors if not isinstance(error, BrokenBarrierError)]
     if errors:
