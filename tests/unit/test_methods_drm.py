@@ -258,6 +258,7 @@ for direction, shape in (("horizontal", (3, 900, 900)), ("vertical", (2, 400, 16
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's peak from Linux's /proc")
 def test_the_peak_is_what_it_is_said_to_be() -> None:
     done = subprocess.run([sys.executable, "-c", _PEAKS], capture_output=True, text=True, check=True, timeout=120)
-    for line in done.stdout.splitlines():
-        peak, said = map(int, line.split())
-        assert said / 3 < peak < said, done.stdout
+    peaks = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(peaks) == 3
+    assert all(peak < said for peak, said in peaks)
+    assert peaks[0][0] > peaks[0][1] / 3  # later ones find memory that was freed but is still the process's
