@@ -75,6 +75,9 @@ def test_what_goes_to_a_device_comes_back_as_if_it_had_stayed(
     merge(recipe(root, name), tmp_path / "here", threads=1)
     for tensor, values in weights_of(tmp_path / "here").items():
         assert torch.equal(weights_of(tmp_path / "away")[tensor], values), tensor
+    away, here = (manifest.read(tmp_path / out)["tensors"] for out in ("away", "here"))
+    for key in ("rank", "kept_share", "sign_conflicts", "direction"):
+        assert {n: entry.get(key) for n, entry in away.items()} == {n: entry.get(key) for n, entry in here.items()}
 
 
 def short_of_memory(name: str, fits: Callable[[torch.Tensor], bool]) -> Method:

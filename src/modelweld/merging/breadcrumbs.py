@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
-from modelweld.merging.election import elect, weighted_sum
+from modelweld.merging.election import fused
 from modelweld.merging.operands import Weights, require_finite, shares, stacked
 from modelweld.merging.selection import kth_smallest
 
@@ -18,11 +21,13 @@ def merge(
     gamma: float = 0.01,
     combine: str = "linear",
     weights: Weights | None = None,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """`(*shape)`: Σ c_i D_i of `(N, *shape)`, or TIES' election, over each model's entries between two thresholds.
 
     Of L entries the round(γ L) largest are dropped as outliers, and the smallest until round(density · L) remain;
     entries equal to a threshold stay. float32 (float64 for float64). Raises MergeError when density + gamma exceeds 1.
+    `notes` are those of `elect`; without an election `kept_share` alone.
     """
     deltas = stacked(deltas)
     require_finite(deltas)
@@ -36,7 +41,7 @@ def merge(
     bottom = max(top - max(round(density * size), 1) + 1, 1)
     kept = torch.stack([_between(delta, bottom, top) for delta in deltas])
     c = shares(weights, deltas)
-    return weighted_sum(kept, c) if combine == "linear" else elect(kept, c)
+    return fused(kept, c, elected=combine == "ties", notes=notes)
 
 
 def _between(delta: Tensor, bottom: int, top: int) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
 from modelweld.merging.chance import LEVELS, draws, stream_keys
-from modelweld.merging.election import elect, weighted_sum
+from modelweld.merging.election import fused
 from modelweld.merging.operands import Weights, shares, stacked
 
 
@@ -22,12 +23,14 @@ def merge(
     combine: str = "ties",
     weights: Weights | None = None,
     keys: Sequence[int] | None = None,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """`(*shape)`: TIES' election (or Σ c_i) over `(N, *shape)` after MagPrune; float32 (float64 for float64).
 
     In a row of n entries the one of rank r (0 for the largest magnitude) is dropped with probability
     p_r = p - ε/2 + ε r / n and, kept, divided by 1 - p_r. The ranks are the definition: rows are sorted, tensors of
     one dimension are one row. `keys` are the models' random streams. Raises MergeError when p ± ε/2 leaves [0, 1).
+    `notes` are those of `elect`; without an election `kept_share` alone.
     """
     deltas = stacked(deltas)
     keys = stream_keys(0, "", [str(index) for index in range(deltas.shape[0])]) if keys is None else keys
@@ -43,7 +46,7 @@ def merge(
         [_magprune(delta, first, epsilon, rescale, key) for delta, key in zip(deltas, keys, strict=True)]
     )
     c = shares(weights, deltas)
-    return weighted_sum(kept, c) if combine == "linear" else elect(kept, c)
+    return fused(kept, c, elected=combine == "ties", notes=notes)
 
 
 def _magprune(delta: Tensor, first: float, epsilon: float, rescale: bool, key: int) -> Tensor:

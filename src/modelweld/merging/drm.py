@@ -94,7 +94,8 @@ def working_bytes(count: int, n: int, m: int, *, direction: str = "horizontal") 
     side = min(n, count * m)  # of the eigenproblem, which takes four such squares
     bringing_over = side**2 + 2 * count * n * m if side < n else 0
     finishing = count * side * m + n * side + (side + n) * m  # projections, basis, merged rows and the result
-    return 8 * (max(4 * side**2, bringing_over, finishing) + n * min(m, 1024)) + _BLOCKS_BYTES
+    arrays = 8 * (max(4 * side**2, bringing_over, finishing) + n * min(m, 1024))
+    return arrays + min(arrays, _BLOCKS_BYTES)
 
 
 def factorise(deltas: Tensor, *, direction: str = "horizontal", rank_tolerance: float = RANK_TOLERANCE) -> DrmBasis:
@@ -212,6 +213,6 @@ def _merged_rows(
         entries.mul_(strengths[:, start:stop].unsqueeze(2))
         elect_overwriting(entries, c, divisor=divisor, out=merged[start:stop], agreeing=agreeing)
     if notes is not None and agreeing is not None:
-        notes["kept_share"] = kept / quota.clamp(min=1)
-        notes["sign_conflicts"] = 1 - agreeing / kept.clamp(min=1)
+        notes["kept_share"] = kept.double() / quota.clamp(min=1)
+        notes["sign_conflicts"] = (kept - agreeing) / kept.clamp(min=1)
     return merged

@@ -6,10 +6,13 @@ by its coefficient, and the sum is divided by the number of entries that are lef
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from modelweld.merging.selection import pruned
+from modelweld.merging.selection import nonzeros, pruned
 
 _BLOCK_BYTES = 1 << 19  # that one round touches of all models together: stays in a core's cache, beside a scratch copy
 
@@ -21,12 +24,14 @@ def elect(
     thresholds: Tensor | None = None,
     disjoint_mean: bool = True,
     majority: bool = True,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """The merged `(*shape)` of `(N, *shape)`; the stack is left as it was.
 
     `coefficients` `(N,)`, None are ones. With `thresholds` `(N,)` each model's entries of a smaller magnitude count as
     0. Where the models cancel exactly there is no sign to elect: with `majority` such an entry takes the sign that most
-    entries of this tensor elected, as TIES does; without it becomes 0.
+    entries of this tensor elected, as TIES does; without it becomes 0. In `notes` it leaves two shares, 0-d and not
+    waited for: `kept_share`, of the entries that are kept and not 0, and `sign_conflicts`, of these that are discarded.
     """
     count = stack.shape[0]
     flat = stack.reshape(count, -1)  # (N, L)
@@ -41,9 +46,16 @@ def elect(
             votes += summed(pruned(flat[:, start:stop], limit, scratch[:, : stop - start])).sign_().sum()
         vote = votes.sign()
     divisor = None if disjoint_mean else torch.full((), count, dtype=stack.dtype, device=stack.device)
+    agreeing = None if notes is None else stack.new_zeros((), dtype=torch.float64)
+    left = stack.new_zeros((), dtype=torch.int64)
     for start, stop in ranges:
         kept = pruned(flat[:, start:stop], limit, scratch[:, : stop - start])
-        merged[start:stop] = elect_overwriting(kept, coefficients, divisor=divisor, vote=vote)
+        if notes is not None:
+            left += nonzeros(kept)
+        merged[start:stop] = elect_overwriting(kept, coefficients, divisor=divisor, vote=vote, agreeing=agreeing)
+    if notes is not None and agreeing is not None:
+        notes["kept_share"] = left.double() / max(flat.numel(), 1)
+        notes["sign_conflicts"] = (left - agreeing) / left.clamp(min=1)
     return merged.reshape(stack.shape[1:])
 
 
@@ -70,9 +82,20 @@ def elect_overwriting(
         voices = None if coefficients is None else (coefficients != 0).to(stack.dtype)
         left = weighted_sum(stack.sign_(), voices)
         if agreeing is not None:
-            agreeing += left.sum() if voices is None else stack.sum()
+            agreeing += (left if voices is None else stack).sum(dtype=torch.float64)
         divisor = left.clamp_(min=1) if divisor is None else divisor
     return total.div_(divisor).mul_(sign)
+
+
+def fused(
+    stack: Tensor, coefficients: Tensor | None, *, elected: bool, notes: MutableMapping[str, Any] | None
+) -> Tensor:
+    """`elect` of the pruned `(N, *shape)`, or without an election Σ c_i X_i, which notes its `kept_share` alone."""
+    if elected:
+        return elect(stack, coefficients, notes=notes)
+    if notes is not None:
+        notes["kept_share"] = nonzeros(stack).double() / max(stack.numel(), 1)
+    return weighted_sum(stack, coefficients)
 
 
 def weighted_sum(stack: Tensor, coefficients: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -179,7 +179,7 @@ def _task_arithmetic(deltas: Tensor, _: config.TaskArithmetic, weights: Weights,
 
 
 def _ties(deltas: Tensor, p: config.Ties, weights: Weights, context: TensorContext) -> Tensor:
-    return ties.merge(deltas, density=p.density, weights=weights, disjoint_mean=p.disjoint_mean)
+    return ties.merge(deltas, density=p.density, weights=weights, disjoint_mean=p.disjoint_mean, notes=context.notes)
 
 
 def _dare(deltas: Tensor, p: config.Dare, weights: Weights, context: TensorContext) -> Tensor:
@@ -228,7 +228,9 @@ def _model_stock(deltas: Tensor, _: config.ModelStock, weights: Weights, context
 
 
 def _breadcrumbs(deltas: Tensor, p: config.Breadcrumbs, weights: Weights, context: TensorContext) -> Tensor:
-    return breadcrumbs.merge(deltas, density=p.density, gamma=p.gamma, combine=p.combine, weights=weights)
+    return breadcrumbs.merge(
+        deltas, density=p.density, gamma=p.gamma, combine=p.combine, weights=weights, notes=context.notes
+    )
 
 
 def _della(deltas: Tensor, p: config.Della, weights: Weights, context: TensorContext) -> Tensor:
@@ -240,15 +242,25 @@ def _della(deltas: Tensor, p: config.Della, weights: Weights, context: TensorCon
         combine=p.combine,
         weights=weights,
         keys=stream_keys(p.seed, context.name, context.expert_digests),
+        notes=context.notes,
     )
 
 
 def _knots(deltas: Tensor, p: config.Knots, weights: Weights, context: TensorContext) -> Tensor:
-    return knots.merge(deltas, combine=p.combine, density=p.density, weights=weights, rank_tolerance=p.rank_tolerance)
+    return knots.merge(
+        deltas,
+        combine=p.combine,
+        density=p.density,
+        weights=weights,
+        rank_tolerance=p.rank_tolerance,
+        notes=context.notes,
+    )
 
 
 def _tsv_m(deltas: Tensor, p: config.TsvM, weights: Weights, context: TensorContext) -> Tensor:
-    return tsv_m.merge(deltas, rank_share=p.rank_share, spectrum_power=p.spectrum_power, weights=weights)
+    return tsv_m.merge(
+        deltas, rank_share=p.rank_share, spectrum_power=p.spectrum_power, weights=weights, notes=context.notes
+    )
 
 
 def _iso_c(deltas: Tensor, _: config.IsoC, weights: Weights, context: TensorContext) -> Tensor:
@@ -292,12 +304,19 @@ def _drm_low_rank(factors: Sequence[LowRank], p: config.Drm, weights: Weights, c
 
 def _knots_low_rank(factors: Sequence[LowRank], p: config.Knots, weights: Weights, context: TensorContext) -> LowRank:
     return knots.merge_low_rank(
-        factors, combine=p.combine, density=p.density, weights=weights, rank_tolerance=p.rank_tolerance
+        factors,
+        combine=p.combine,
+        density=p.density,
+        weights=weights,
+        rank_tolerance=p.rank_tolerance,
+        notes=context.notes,
     )
 
 
 def _tsv_m_low_rank(factors: Sequence[LowRank], p: config.TsvM, weights: Weights, context: TensorContext) -> LowRank:
-    return tsv_m.merge_low_rank(factors, rank_share=p.rank_share, spectrum_power=p.spectrum_power, weights=weights)
+    return tsv_m.merge_low_rank(
+        factors, rank_share=p.rank_share, spectrum_power=p.spectrum_power, weights=weights, notes=context.notes
+    )
 
 
 def _all() -> Sequence[Method]:

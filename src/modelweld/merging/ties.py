@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,18 +20,20 @@ def merge(
     weights: Weights | None = None,
     thresholds: Tensor | None = None,
     disjoint_mean: bool = True,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """`(*shape)`: the elected, disjoint mean of `(N, *shape)` trimmed to `density`; float32 (float64 for float64).
 
     Each model is trimmed by its own threshold over this tensor, or by `thresholds` `(N,)` when they were taken over
     more than one tensor. Without `disjoint_mean` the sum is divided by N. Weights multiply after the election, so they
-    scale a model's share without buying it votes.
+    scale a model's share without buying it votes. `notes` are those of `elect`.
     """
     deltas = stacked(deltas)
     if thresholds is None:
         require_finite(deltas)
         thresholds = trim_thresholds(deltas, density)
-    return elect(deltas, shares(weights, deltas), thresholds=thresholds, disjoint_mean=disjoint_mean)
+    c = shares(weights, deltas)
+    return elect(deltas, c, thresholds=thresholds, disjoint_mean=disjoint_mean, notes=notes)
 
 
 def trim_thresholds(deltas: Tensor, density: float) -> Tensor:

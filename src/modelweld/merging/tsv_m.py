@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +21,21 @@ def merge(
     rank_share: float | None = None,
     spectrum_power: float = 1.0,
     weights: Weights | None = None,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """The merged task vector `(n, m)` of `(N, n, m)`, in float64: U⊥ diag(c_i Σ_i) V⊥ᵀ (algorithm 1).
 
     Each task keeps floor(rank_share · min(n, m)) singular triples (default 1/N, at least one); the concatenated U and V
     are replaced by the nearest orthonormal matrices. `spectrum_power` q puts σ^q in the place of each task's σ, with
-    the same sum: 1 is the paper's, 0 makes the kept spectrum flat. Raises MergeError for another shape and values that
-    are not finite.
+    the same sum: 1 is the paper's, 0 makes the kept spectrum flat. In `notes` it leaves how many triples are kept, the
+    `rank`. Raises MergeError for another shape and values that are not finite.
     """
     deltas = stacked(deltas, dtype=deltas.dtype, matrices=True)
     require_finite(deltas)
-    merged = _merge(deltas, _kept(deltas[0].shape, len(deltas), rank_share), spectrum_power, weights)
-    return merged.dense()
+    kept = _kept(deltas[0].shape, len(deltas), rank_share)
+    if notes is not None:
+        notes["rank"] = kept * len(deltas)
+    return _merge(deltas, kept, spectrum_power, weights).dense()
 
 
 def merge_low_rank(
@@ -40,12 +44,15 @@ def merge_low_rank(
     rank_share: float | None = None,
     spectrum_power: float = 1.0,
     weights: Weights | None = None,
+    notes: MutableMapping[str, Any] | None = None,
 ) -> LowRank:
     """As `merge` of the dense matrices, in and out as factors: only Σ R_i × Σ R_i matrices are decomposed."""
     left, cores = shared_columns(factors)  # D_i = left C_i
     right = torch.linalg.qr(torch.cat([factor.A.double().mT for factor in factors], dim=1)).Q  # (m, p)
     small = cores @ right  # (N, q, p): D_i = left small_i rightᵀ
     kept = min(_kept(factors[0].shape, len(factors), rank_share), max(factor.rank for factor in factors))
+    if notes is not None:
+        notes["rank"] = kept * len(factors)
     merged = _merge(small, kept, spectrum_power, weights)
     return LowRank(left @ merged.B, merged.A @ right.mT)
 
