@@ -31,9 +31,11 @@ from modelweld.symmetry.matching import match
 from modelweld.symmetry.observing import Place, places, takes_units_in
 from modelweld.symmetry.zipping import zip_units
 
-# Sweeps of a search in which most families are matched anew; later ones skip those whose neighbours stayed.
-SWEEPS = 4
-_GEMM = 512
+# Sweeps of a search in which most families are matched anew, as seen with ResNet-20 and BERT: later ones skip those
+# whose neighbours stayed, which clusters hardly ever do.
+SWEEPS = {"align": 4, "zip": 12}
+# Two rows, before and after, for the proof and again for what was found.
+_PROOF_ROWS = 8
 _UNITS = 512
 # Measured from 256 to 2048 units: an assignment grows with this power of them, a zip with the square.
 _ASSIGNMENT_POWER = 2.2
@@ -91,14 +93,16 @@ def price(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Price | Non
     parameter_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
     found, count, whole = list(families(common).values()), len(members), settings.mode == "zip"
     runs = _Runs.of(settings, plan, inputs, count)
-    row_flops, seen = _look(model, members[0], settings) if runs.rows else (0.0, [])
+    row_flops, seen = _look(model, members[0], settings)
     works = [_work(common, family, count, whole) for family in found]
-    sweeps = SWEEPS * (len(settings.grid) if settings.alpha == "auto" else 1)
-    products = sweeps * sum(flops for flops, _ in works)
+    sweeps = SWEEPS[settings.mode] * (len(settings.grid) if settings.alpha == "auto" else 1)
+    products = sweeps * sum(work.flops for work in works)
     products += sum(2.0 * _pairs(units, count, whole) * positions * runs.observed for units, positions in seen)
-    largest, (_, largest_bytes) = max(zip(found, works, strict=True), key=lambda one: one[1][1])
-    product_rate, match_s = _rates(whole)
-    matching = sweeps * sum(_matching(common, family, count, whole, match_s) for family in found)
+    largest, most = max(zip(found, works, strict=True), key=lambda one: one[1].most_bytes)
+    rates = _Rates.of_this_machine(whole)
+    matching = sweeps * sum(_matching(common, family, count, whole, rates.match_s) for family in found)
+    ordering = sweeps * rates.entry_s * sum(work.entries for work in works)
+    forwards = row_flops * (runs.rows + _PROOF_ROWS * count)
     return Price(
         mode=settings.mode,
         models=count,
@@ -109,12 +113,12 @@ def price(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Price | Non
         matches=sweeps * len(found) * (1 if whole else count - 1),
         group=largest.outer,
         group_units=_units(common, largest.outer),
-        group_bytes=largest_bytes,
+        group_bytes=most.most_bytes,
         # A proof holds a model and, tensor by tensor, what it permutes.
-        memory_bytes=runs.held * parameter_bytes + max(largest_bytes, parameter_bytes),
-        disk_bytes=sum(_FLOAT64 * _pairs(units, count, whole) for units, _ in seen),
-        # Forwards are in float32, which goes twice as fast.
-        seconds=(row_flops * runs.rows / 2 + products) / product_rate + matching,
+        memory_bytes=runs.held * parameter_bytes + max(most.most_bytes, parameter_bytes),
+        disk_bytes=sum(_FLOAT64 * _pairs(units, count, whole) for units, _ in seen) if runs.observed else 0,
+        # In float32, but smaller and less regular: forwards go about as fast as large products in float64.
+        seconds=(forwards + products) / rates.flops + ordering + matching,
     )
 
 
@@ -177,16 +181,25 @@ def _seen(spec: Spec, place: Place) -> int:
     return math.prod(spec.groups[name].size for name in place.wanted)
 
 
-def _work(spec: Spec, family: Family, models: int, whole: bool) -> tuple[float, int]:
-    """Operations of comparing a family's units by weights once, and the bytes that its widest comparison takes."""
-    flops, most = 0.0, 0
+@dataclass(frozen=True)
+class _Work:
+    """What comparing a family's units by weights takes: operations, entries brought in order, bytes at most."""
+
+    flops: float
+    entries: float
+    most_bytes: int
+
+
+def _work(spec: Spec, family: Family, models: int, whole: bool) -> _Work:
+    flops, entries, most = 0.0, 0.0, 0
     for member in family.members:
         units, sites = _units(spec, member), family.of(member)
-        pairs = _pairs(units, models, whole)
-        flops += sum(2.0 * pairs * site.features for site in sites)
+        pairs, features = _pairs(units, models, whole), sum(site.features for site in sites)
+        flops += 2.0 * pairs * features
+        entries += float(models * units * features)
         widest = max((site.features for site in sites), default=0)
         most = max(most, _FLOAT64 * (2 * models * units * widest + 2 * pairs))
-    return flops, most
+    return _Work(flops, entries, most)
 
 
 def _units(spec: Spec, group: str) -> int:
@@ -209,14 +222,30 @@ def _matching(spec: Spec, family: Family, models: int, whole: bool, trial: float
     return float((models - 1) * trial * ((outer / _UNITS) ** _ASSIGNMENT_POWER + inside))
 
 
-def _rates(whole: bool) -> tuple[float, float]:
-    """Operations a second of float64 products here, and the seconds of one match of _UNITS units."""
-    square = torch.ones(_GEMM, _GEMM, dtype=torch.float64)
-    drawn = np.random.default_rng(0).standard_normal((_UNITS, _UNITS))
-    solve: Callable[[], object] = lambda: match(drawn)  # noqa: E731
-    if whole:
-        solve = lambda: zip_units(drawn.astype(np.float32), 2)  # noqa: E731
-    return 2.0 * _GEMM**3 / _timed(lambda: square @ square), _timed(solve)
+@dataclass(frozen=True)
+class _Rates:
+    """Measured here: operations a second, seconds to bring one weight in order, and to match _UNITS units."""
+
+    flops: float
+    entry_s: float
+    match_s: float
+
+    @classmethod
+    def of_this_machine(cls, whole: bool) -> _Rates:
+        drawn = np.random.default_rng(0).standard_normal((_UNITS, _UNITS))
+        square, order = torch.from_numpy(drawn), torch.randperm(_UNITS)
+
+        def bring() -> object:
+            moved = square.float().index_select(0, order).index_select(1, order).double()
+            return moved.sub_(moved.mean(dim=1, keepdim=True)).div_(
+                torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+            )
+
+        def assign() -> object:
+            return zip_units(drawn.astype(np.float32), 2) if whole else match(drawn)
+
+        flops = 2.0 * _UNITS**3 / _timed(lambda: square @ square)
+        return cls(flops, _timed(bring) / _UNITS**2, _timed(assign))
 
 
 def _timed(trial: Callable[[], object]) -> float:
