@@ -19,6 +19,7 @@ from modelweld.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HOLLOW = ".headers-only"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -87,6 +88,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         return sorted({info.file for info in self.tensors.values()} | set(self._descriptors))
+
+    @property
+    def hollow(self) -> bool:
+        """Whether only headers were brought here, so that values mean nothing."""
+        return ((self.path if self.path.is_dir() else self.path.parent) / HOLLOW).is_file()
 
     @cached_property
     def config(self) -> dict[str, Any]:

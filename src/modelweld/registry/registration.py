@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from modelweld.errors import InputError
 from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import absent, connect, guarded, local_artifacts
 from modelweld.registry.gate import MERGED, Scoreboard, condensed, mean_normalised, normalised
@@ -105,7 +106,11 @@ class RegisteredVersion:
 
 
 def register(registration: Registration, tracking_uri: str) -> RegisteredVersion:
-    """The version of this record, made now or by an earlier call; RegistryUnavailable when MLflow is not there."""
+    """The version of this record, made now or by an earlier call.
+
+    RegistryUnavailable when MLflow is not there, InputError for a merge that is no model by itself.
+    """
+    _require_whole(registration)
     client = connect(tracking_uri)
     with guarded(tracking_uri), _one_at_a_time(tracking_uri, registration.name):
         found = find_version(client, registration.name, registration.record)
@@ -120,6 +125,16 @@ def register(registration: Registration, tracking_uri: str) -> RegisteredVersion
         made = _create_version(client, run, registration, source, model_id, parents)
         _finish(client, run.info.run_id)
         return _registered(made, registration.record, created=True)
+
+
+def _require_whole(registration: Registration) -> None:
+    output = (registration.manifest.get("recipe") or {}).get("output") or {}
+    if output.get("adapter") == "keep":
+        raise InputError(
+            "the merge was kept as an adapter, and a version has to serve without its base",
+            where=registration.record,
+            mend="merge with `output: {adapter: fold}` to register it, or run with --no-register",
+        )
 
 
 def find_version(client: MlflowClient, name: str, record: str) -> ModelVersion | None:

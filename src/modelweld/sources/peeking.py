@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from modelweld.checkpoints.checkpoint import read_json
+from modelweld.checkpoints.checkpoint import HOLLOW, read_json
 from modelweld.checkpoints.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, read_header
 from modelweld.errors import CheckpointError
 from modelweld.sources.guards import safe_name
@@ -46,6 +46,7 @@ def peek(upstream: Upstream, files: Mapping[str, Listed], folder: Path) -> int:
             whole = _beginning(upstream, name, listed, listed.size_bytes)
             path.write_bytes(whole)
             read += len(whole)
+    (folder / HOLLOW).touch()
     _mark(folder, weights)
     return read
 

@@ -404,7 +404,7 @@ def _notes(inputs: Inputs, tensors: list[TensorPlan]) -> tuple[str, ...]:
     notes = []
     matrices = {t.name for t in tensors if t.parameters and method(t.parameters.method).whole_matrix}
     for expert in inputs.experts:
-        if inputs.base is None or expert.adapter is not None:
+        if inputs.base is None or expert.adapter is not None or inputs.base.hollow or expert.checkpoint.hollow:
             continue
         names = {name: stored for name, stored in expert.alignment.names.items() if name in matrices}
         rank = folded_rank(inputs.base, expert.checkpoint, names)
