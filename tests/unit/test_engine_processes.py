@@ -26,6 +26,7 @@ from modelweld.merging.engine.partition import shares
 from modelweld.merging.engine.sharing import Failure
 from modelweld.stages.grid import merge_grid
 from modelweld.stages.merge import merge
+from modelweld.stages.plan import plan
 
 SHAPES = LLAMA_SHAPES | {"model.layers.2.mlp.down_proj.weight": (500, 600), "model.layers.3.self_attn.v.bias": (600,)}
 
@@ -240,3 +241,12 @@ def test_a_checkpoint_opens_again_where_it_lands_unless_it_has_changed(
         os.utime(root / "base" / "model.safetensors", ns=(1, 1))
         with pytest.raises(CheckpointError, match="has changed since the merge began"):
             pickle.loads(sent)  # noqa: S301
+
+
+def test_a_plan_prices_every_process(tmp_path: Path) -> None:
+    root = write_family(tmp_path)
+    one = plan(recipe(root, "drm"), tmp_path / "out", "cpu", threads=2)
+    two = plan(recipe(root, "drm"), tmp_path / "out", "cpu,cpu", threads=2)
+    assert (one.threads, two.threads) == (2, 2)
+    assert two.device == "cpu,cpu"
+    assert two.memory_bytes > 1.5 * one.memory_bytes, "each process has its own interpreter and buffers"
