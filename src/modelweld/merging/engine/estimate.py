@@ -18,7 +18,7 @@ from modelweld.config.methods import MethodParameters, Ties
 from modelweld.merging.engine.chunks import in_host_memory
 from modelweld.merging.engine.compute import chunk_elements
 from modelweld.merging.engine.inputs import Inputs
-from modelweld.merging.engine.memory import SLACK, working_bytes
+from modelweld.merging.engine.memory import room, working_bytes
 from modelweld.merging.engine.plan import SURVEYED, Plan, TensorPlan
 from modelweld.merging.engine.trimming import Survey, survey
 from modelweld.merging.operands import gram
@@ -122,7 +122,7 @@ def peak_memory(plan: Plan, experts: int, threads: int, resident: int, limit: in
     buffers = threads * max(streaming, default=0)
     if not whole:
         return resident + buffers
-    together = min(sum(sorted(whole)[-threads:]), limit or max(whole) + SLACK)
+    together = min(sum(sorted(whole)[-threads:]), limit or room(zip(plan.tensors, needs, strict=True)))
     return resident + buffers + together
 
 

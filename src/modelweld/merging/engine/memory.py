@@ -6,11 +6,12 @@ import contextlib
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from modelweld.config.methods import Ties
+from modelweld.config.methods import Drm, Ties
 from modelweld.errors import MergeError
+from modelweld.merging import drm
 from modelweld.merging.engine.plan import TensorPlan
 from modelweld.merging.registry import method
 
@@ -34,10 +35,37 @@ def working_bytes(tensor: TensorPlan, experts: int) -> int:
         # The factors are small beside the delta, the base and the sum of both, in float64.
         shape = (tensor.whole or tensor).shape
         return _CHUNKS + int(4 * 8 * shape[0] * shape[1])
+    if isinstance(tensor.parameters, Drm):
+        return _drm_bytes(tensor, tensor.parameters, experts)
     if method(tensor.parameters.method).whole_matrix:
         square = min(tensor.shape[-2:]) ** 2 if len(tensor.shape) >= 2 else 0
         return int(tensor.elements * 8 * experts * _MATRIX_FACTOR) + 3 * 8 * square + tensor.elements * 12
     return int(tensor.elements * tensor.work_dtype.itemsize * (experts * _WHOLE_FACTOR + 2))
+
+
+def _drm_bytes(tensor: TensorPlan, parameters: Drm, experts: int) -> int:
+    rows, columns = tensor.shape[0], tensor.elements // tensor.shape[0]
+    n, m = (columns, rows) if tensor.transposed else (rows, columns)
+    # A packed weight's projections may each go another way.
+    either = parameters.direction == "auto" and tensor.packing
+    directions = ("horizontal", "vertical") if either else (parameters.direction,)
+    working = max(drm.working_bytes(experts, n, m, direction=direction) for direction in directions)
+    stacks = 2 if tensor.transposed or tensor.packing else 1  # as it was read, and upright
+    # Beside them the base's weight, and the result in the order in which it is written.
+    return working + tensor.elements * (tensor.work_dtype.itemsize * (stacks * experts + 1) + 8)
+
+
+def room(needs: Iterable[tuple[TensorPlan, int]]) -> int:
+    """What tensors in work take together when nobody has set a limit, from each one's `working_bytes`.
+
+    The largest of them and a little beside it; but two whole matrices, since arithmetic on one core outlasts all else.
+    """
+    largest, matrix = 0, 0
+    for tensor, need in needs:
+        largest = max(largest, need)
+        if tensor.parameters is not None and method(tensor.parameters.method).whole_matrix:
+            matrix = max(matrix, need)
+    return max(largest, 2 * matrix) + SLACK
 
 
 def peak_resident() -> int:
@@ -54,17 +82,18 @@ def peak_resident() -> int:
 class Budget:
     """Bytes that tensors in work share: a thread waits until its tensor fits beside the others'.
 
-    Without a limit the largest tensor and a little beside it fit, so the peak is that of the largest tensor.
+    The needs are those of all tensors to come. Without a limit there is `room` for them.
     """
 
-    def __init__(self, limit: int | None, largest: int) -> None:
+    def __init__(self, limit: int | None, needs: Sequence[tuple[TensorPlan, int]]) -> None:
+        largest = max((need for _, need in needs), default=0)
         if limit is not None and largest > limit:
             raise MergeError(
                 f"the largest tensor needs {largest / 1e9:.2f} GB in work, the limit is {limit / 1e9:.2f} GB",
                 where="memory_limit",
                 mend="raise the limit, or give the large tensors an element-wise method by a rule",
             )
-        self._free = limit if limit is not None else largest + SLACK
+        self._free = limit if limit is not None else room(needs)
         self._room = threading.Condition()
 
     @contextlib.contextmanager

@@ -75,8 +75,9 @@ class _Team:
         self._next = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        needs = (working_bytes(output.tensors[t.name], len(inputs.experts)) for t in pending for output in outputs)
-        self._budget = Budget(memory_limit, max(needs, default=0))
+        tensors = [output.tensors[tensor.name] for tensor in pending for output in outputs]
+        needs = [(tensor, working_bytes(tensor, len(inputs.experts))) for tensor in tensors]
+        self._budget = Budget(memory_limit, needs)
 
     def work(self, threads: int) -> None:
         """Make all pending tensors; the first error of any thread stops the others and is raised."""
