@@ -146,6 +146,10 @@ def test_a_merge_kept_as_an_adapter_keeps_its_heads(tmp_path: Path) -> None:
     wrapped = peft.PeftModel.from_pretrained(model, root / "kept").eval()
     assert torch.allclose(logits(wrapped), logits(modelweld.load(root / "folded", task="e0")), atol=1e-5)
     assert all(torch.equal(head[name], tensor) for name, tensor in wrapped.model.classifier.state_dict().items())
+    card = (root / "kept" / "README.md").read_text()
+    assert 'modelweld.load("merged", task="e0", base="path/to/base")' in card
+    assert "library_name: peft" in card
+    assert "base=" not in (root / "folded" / "README.md").read_text()
     with pytest.raises(ConfigError, match="has heads for e0, e1"):
         export(root / "kept", None, root / "none", base=root / "base")
 

@@ -38,7 +38,11 @@ modelweld {{ modelweld }}. Which bytes came from where stands in [manifest.json]
 {% if tasks -%}
 import modelweld
 
-model = modelweld.load("{{ folder }}", task="{{ tasks[0] }}")  # one of: {{ tasks | join(", ") }}
+model = modelweld.load("{{ folder }}", task="{{ tasks[0] }}"{{ on_base }})  # one of: {{ tasks | join(", ") }}
+{% elif on_base -%}
+import modelweld
+
+model = modelweld.load("{{ folder }}"{{ on_base }})  # or PEFT's PeftModel.from_pretrained(base, "{{ folder }}")
 {% else -%}
 from transformers import AutoModel
 
@@ -46,7 +50,8 @@ model = AutoModel.from_pretrained("{{ folder }}")
 {% endif -%}
 ```
 {% if tasks %}
-`modelweld export {{ folder }} --task {{ tasks[0] }} DIR` writes a plain Hugging Face directory that needs no modelweld.
+`modelweld export DIR --model {{ folder }} --task {{ tasks[0] }}{% if on_base %} --base BASE{% endif %}` writes a \
+plain Hugging Face directory that needs no modelweld.
 {% endif %}
 Model digest (BLAKE3 over all tensors): `{{ digest }}`
 """
@@ -58,10 +63,11 @@ def render(manifest: Mapping[str, Any], *, title: str = "Merged model", folder: 
     parents = _parents(manifest)
     licences = sorted({row[6] for row in parents if row[6] != "unknown"})
     names = [_public_name(label, row) for label, row in _labelled(manifest)]
+    kept = (recipe.get("output") or {}).get("adapter") == "keep"
     front: dict[str, Any] = {
         "base_model": names,
         "base_model_relation": "merge",
-        "library_name": "transformers",
+        "library_name": "peft" if kept else "transformers",
         "tags": ["merge", "modelweld", recipe["method"]],
     }
     if len(licences) == 1:
@@ -88,6 +94,7 @@ def render(manifest: Mapping[str, Any], *, title: str = "Merged model", folder: 
         treatment=_treatment(manifest),
         survival=f"after rounding, {survival['whole_model']:.1%} of the merged delta is left" if survival else "",
         tasks=sorted(manifest["heads"]),
+        on_base=', base="path/to/base"' if kept else "",
         digest=manifest["output"]["model_digest"],
     )
 
