@@ -98,3 +98,20 @@ def test_adapters_of_one_base_are_said_to_be_aligned_and_stay_low_rank(
     assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
     manifest = json.loads((tmp_path / "merged" / "manifest.json").read_text())
     assert {entry.get("route") for entry in manifest["tensors"].values()} == {None, "factors"}
+
+
+def test_processes_of_their_own_give_the_same_bytes(family: Family, tmp_path: Path) -> None:
+    """Views of folded adapters go to other processes, which open the files anew."""
+    recipe = {
+        "method": "mudsc", "base": str(family.base), "align": {},
+        "models": {
+            "colour": {"path": str(family.root / "adapters" / "colour")},
+            "animal": {"path": str(family.root / "moved" / "animal")},
+        },
+    }  # fmt: skip
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for name, device in (("one", "cpu"), ("two", "cpu,cpu")):
+        merge(file, tmp_path / name, device, root=family.root, staging=tmp_path / "staging")
+    for written in ("model.safetensors", "heads/colour/head.safetensors", "alignment.json"):
+        assert (tmp_path / "one" / written).read_bytes() == (tmp_path / "two" / written).read_bytes(), written

@@ -156,3 +156,24 @@ def test_rows_that_do_not_do_are_refused(digits: Path, weld: Weld, tmp_path: Pat
     with pytest.raises(InputError, match="no rows"):
         weld(calibration={"low": {"dataset": str(folder), "image": "image"}})
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_interrupted_after_its_repair_goes_on_to_the_same_bytes(
+    digits: Path, weld: Weld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelweld.stages import merge as stage
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = {"calibration": rows(digits), "rows": 64}
+    weld("whole", **settings)
+    monkeypatch.setattr(stage, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        weld("cut", **settings)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut").exists()
+    report = weld("cut", **settings)
+    assert report.resumed > 0
+    for file in ("model.safetensors", "manifest.json"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,7 @@ class Folded(Checkpoint):
     """
 
     def __init__(self, adapter: Adapter, base: Checkpoint, *, rounded: bool) -> None:
-        self._adapter, self._base = adapter, base
+        self._adapter, self._base, self._rounded = adapter, base, rounded
         self._stored: dict[str, str] = {}
         self._adapted: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -65,6 +65,10 @@ class Folded(Checkpoint):
             raise ConfigError("is an adapter, no model without its base", where=str(path), mend="name its base")
         with Checkpoint.open(base) as whole:
             return cls(Adapter.open(path, whole, str(path)), whole, rounded=rounded)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For another process: adapter and base are opened there."""
+        return partial(type(self), rounded=self._rounded), (self._adapter, self._base)
 
     @cached_property
     def config(self) -> dict[str, Any]:
