@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
+from test_checkpoints import family
 from test_engine import recipe, weights_of
 from test_lora import LORA, QUERY, edited, filled, llama, write_adapter
 
 import modelweld
 from modelweld.checkpoints import content_digest
-from modelweld.checkpoints.folding import Folded, base_for, opened
+from modelweld.checkpoints.folding import Folded, base_for
 from modelweld.checkpoints.loading import config_of, export, load
 from modelweld.errors import CheckpointError, ConfigError
 from modelweld.evaluation.predictors import System, model_digest, open_system
@@ -191,5 +192,42 @@ def test_a_head_of_no_known_architecture_asks_for_its_config(tmp_path: Path) -> 
     named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
     (root / "e0" / "config.json").write_text(json.dumps(document | named))
     assert load(root / "e0", base=root / "base").config.id2label == {0: "a", 1: "b", 2: "c"}
-    with opened(root / "e0", root / "base") as model:
+    with Folded.onto(root / "base", root / "e0") as model:
         assert "classifier.weight" in model.tensors
+
+
+# What is adapted, and what is saved whole because the base has none of it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {"target_modules": "all-linear"},
+    "bert-mlm": {"target_modules": ["query", "value"], "modules_to_save": ["pooler"]},
+    "roberta": {"target_modules": ["query", "value"]},
+    "distilbert": {"target_modules": ["q_lin", "v_lin"], "modules_to_save": ["pre_classifier"]},
+    "deberta-v2": {"target_modules": ["query_proj", "value_proj"], "modules_to_save": ["pooler"]},
+    "llama": {"target_modules": "all-linear"},
+    "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_adapters_of_every_family_are_loaded_merged_and_exported_with_their_heads(tmp_path: Path, kind: str) -> None:
+    base, expert, _, _ = family(kind)
+    base.save_pretrained(tmp_path / "base")
+    document = json.loads((tmp_path / "base" / "config.json").read_text()) | {"pad_token_id": 0}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(document))
+    model = type(expert).from_pretrained(tmp_path / "base", num_labels=3)
+    plainly = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"r": 2, "lora_alpha": 4, "task_type": "SEQ_CLS"} | FAMILIES[kind]
+    adapter = filled(peft.get_peft_model(model, peft.LoraConfig(**settings)), 1).eval()
+    adapter.save_pretrained(tmp_path / "e0")
+    with torch.no_grad():
+        expected = adapter(input_ids=IDS).logits
+    assert torch.allclose(logits(load(tmp_path / "e0", base=tmp_path / "base")), expected, atol=1e-4)
+    lent = open_system(System("base", tmp_path / "base", head=tmp_path / "e0", base=tmp_path / "base"))
+    saved = load_file(tmp_path / "e0" / "adapter_model.safetensors")
+    for name, tensor in lent.state_dict().items():
+        assert torch.equal(tensor, saved.get(f"base_model.model.{name}", plainly[name])), name
+    merge(recipe(tmp_path, "task_arithmetic", experts=1), tmp_path / "out")
+    assert torch.allclose(logits(modelweld.load(tmp_path / "out", task="e0")), expected, atol=1e-4)
+    export(tmp_path / "e0", None, tmp_path / "plain", base=tmp_path / "base")
+    plain = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    assert torch.allclose(logits(plain), expected, atol=1e-4)

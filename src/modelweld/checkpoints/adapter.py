@@ -83,6 +83,7 @@ _KNOWN = frozenset(
 )
 # PEFT's names of tasks with a head of their own, and transformers' of the classes that have it.
 _CLASSIFIERS = {"SEQ_CLS": "SEQUENCE_CLASSIFICATION", "TOKEN_CLS": "TOKEN_CLASSIFICATION"}
+_ANSWERS = re.compile(r"(^|\.)(classifier|score|out_proj)\.weight$")
 _PAIR = re.compile(r"^(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))$")
 
 
@@ -211,7 +212,7 @@ def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, Shaped]) 
     if adapter.checkpoint.config:
         return adapter.checkpoint.config
     family = _CLASSIFIERS.get(str(adapter.config.get("task_type")))
-    matrices = [tensor for tensor in head.values() if len(tensor.shape) == 2]
+    matrices = {name: tensor.shape[0] for name, tensor in head.items() if len(tensor.shape) == 2}
     if family is None or not matrices:
         return {}
     from transformers.models.auto import modeling_auto
@@ -220,7 +221,9 @@ def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, Shaped]) 
     architecture = known.get(str(base.config.get("model_type")))
     if architecture is None:
         return {}
-    labels = {str(index): f"LABEL_{index}" for index in range(matrices[-1].shape[0])}
+    # A head may have hidden layers of its own; the last one answers.
+    last = {name: rows for name, rows in matrices.items() if _ANSWERS.search(name)} or matrices
+    labels = {str(index): f"LABEL_{index}" for index in range(min(last.values()))}
     return {
         **base.config,
         "architectures": [architecture],

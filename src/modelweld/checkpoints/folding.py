@@ -29,11 +29,12 @@ class Folded(Checkpoint):
 
     With a head of the adapter's own it is the model of that task, else the base's. Adapted half-precision weights are
     float32, so that nothing of the delta is rounded away; `rounded` leaves them in the base's dtype, as PEFT's
-    merge_and_unload() does.
+    merge_and_unload() does. Not `adapted`, the backbone is the base's own, under the adapter's head.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint, *, rounded: bool) -> None:
-        self._adapter, self._base, self._rounded = adapter, base, rounded
+    def __init__(self, adapter: Adapter, base: Checkpoint, *, rounded: bool = False, adapted: bool = True) -> None:
+        self._adapter, self._base = adapter, base
+        self._again = partial(type(self), rounded=rounded, adapted=adapted)
         self._stored: dict[str, str] = {}
         self._adapted: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -44,13 +45,13 @@ class Folded(Checkpoint):
                 if not info.name.startswith(names.reference_prefix):
                     continue
                 own = names.prefix + info.name.removeprefix(names.reference_prefix)
-            if info.name in adapter.pairs:
+            if adapted and info.name in adapter.pairs:
                 dtype = torch.float32 if info.dtype in _HALVES and not rounded else info.dtype
                 self._adapted[own] = info.name
                 tensors[own] = replace(info, name=own, dtype=dtype, nbytes=info.elements * dtype.itemsize)
             else:
-                self._stored[own] = names.names[info.name]
-                tensors[own] = replace(adapter.checkpoint.tensors[names.names[info.name]], name=own)
+                self._stored[own] = names.names[info.name] if adapted else info.name
+                tensors[own] = replace(adapter.checkpoint.tensors[self._stored[own]], name=own)
         for stored in names.head:
             own = stored.removeprefix(WRAPPING)
             self._stored[own] = stored
@@ -59,16 +60,16 @@ class Folded(Checkpoint):
         self._current = threading.local()
 
     @classmethod
-    def onto(cls, base: str | Path | None, path: str | Path, *, rounded: bool = False) -> Self:
+    def onto(cls, base: str | Path | None, path: str | Path, *, rounded: bool = False, adapted: bool = True) -> Self:
         """The adapter in `path` on `base`; raises what `Adapter.open` raises, and ConfigError without a base."""
         if base is None:
             raise ConfigError("is an adapter, no model without its base", where=str(path), mend="name its base")
         with Checkpoint.open(base) as whole:
-            return cls(Adapter.open(path, whole, str(path)), whole, rounded=rounded)
+            return cls(Adapter.open(path, whole, str(path)), whole, rounded=rounded, adapted=adapted)
 
     def __reduce__(self) -> tuple[object, ...]:
         """For another process: adapter and base are opened there."""
-        return partial(type(self), rounded=self._rounded), (self._adapter, self._base)
+        return self._again, (self._adapter, self._base)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -105,11 +106,6 @@ class Folded(Checkpoint):
         weight, read = self._adapted[name], self._adapter.checkpoint.read
         B, A = self._adapter.factors(weight, read)
         return (read(weight).double() + B @ A).to(self.tensors[name].dtype).contiguous()
-
-
-def opened(path: str | Path, base: str | Path | None = None) -> Checkpoint:
-    """The model in a directory, whether it is whole or an adapter on `base`."""
-    return Folded.onto(base, path) if is_adapter(path) else Checkpoint.open(path)
 
 
 def base_for(path: str | Path, named: str | Path | None, project: Path) -> Path | None:

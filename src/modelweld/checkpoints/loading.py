@@ -71,6 +71,11 @@ def load(path: str | Path, task: str | None = None, device: str = "cpu", *, base
     return model.to(device).eval()
 
 
+def load_under_head(head: str | Path, base: str | Path) -> Any:
+    """The base's own model under the head of an adapter of it: what it knows without any finetuning."""
+    return _load_adapter(Path(head), None, base, adapted=False).eval()
+
+
 def config_of(path: str | Path, task: str | None = None, base: str | Path | None = None) -> dict[str, Any]:
     """What config.json says of the model that `load` gives for the same arguments; empty when there is none."""
     root = Path(path)
@@ -158,11 +163,11 @@ def _copy(entries: list[tuple[str, Checkpoint, TensorInfo]], target: Path) -> No
         (target / "model.safetensors.index.json").write_bytes(index)
 
 
-def _load_adapter(root: Path, task: str | None, base: str | Path | None) -> Any:
+def _load_adapter(root: Path, task: str | None, base: str | Path | None, *, adapted: bool = True) -> Any:
     import transformers
 
     head = _head_directory(root, task) if task is not None and (root / HEADS).is_dir() else None
-    with Folded.onto(base, root) as model:
+    with Folded.onto(base, root, adapted=adapted) as model:
         document = model.config if head is None else read_json(head / "config.json")
         state = {name: model.read(name) for name in model.tensors}
     if head is not None:

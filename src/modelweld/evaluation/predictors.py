@@ -17,8 +17,7 @@ from modelweld.checkpoints.adapter import is_adapter
 from modelweld.checkpoints.alignment import align, is_buffer
 from modelweld.checkpoints.checkpoint import Checkpoint
 from modelweld.checkpoints.digests import content_digest
-from modelweld.checkpoints.folding import opened
-from modelweld.checkpoints.loading import load
+from modelweld.checkpoints.loading import load, load_under_head
 from modelweld.errors import CheckpointError, ConfigError, ExternalError, InputError
 from modelweld.evaluation.batching import token_batches
 from modelweld.evaluation.cache import Predictions, content_key
@@ -51,8 +50,8 @@ TOKENIZER_FILES = (
 class System:
     """What is scored under one name: `backbone` with its own head of `task`, or with the head of another model.
 
-    `head` lends a head where the backbone has none: the base with the expert's head is what the base knows without any
-    finetuning. `base` is what adapters, as either of the two, are folded into.
+    `head` lends a head where the backbone, a whole model, has none: the base with the expert's head is what the base
+    knows without any finetuning. `base` is what adapters are folded into.
     """
 
     name: str
@@ -215,7 +214,8 @@ def _check_positions(model: Any, longest: int, where: str) -> None:
 def open_system(system: System, kind: Kind = "text-classification") -> Any:
     """The system's transformers model on the CPU; CheckpointError when a head or a part of the backbone is missing."""
     lends = system.head or system.backbone
-    model = load(lends, task=system.task, base=system.base)
+    lent = system.head is not None and is_adapter(system.head)
+    model = load_under_head(lends, system.backbone) if lent else load(lends, task=system.task, base=system.base)
     ending, what = KINDS[kind]
     if not type(model).__name__.endswith(ending):
         raise CheckpointError(
@@ -223,10 +223,10 @@ def open_system(system: System, kind: Kind = "text-classification") -> Any:
             where=str(lends),
             mend=f"an expert is saved as a …{ending}, which its config.json names",
         )
-    if system.head is None:
+    if system.head is None or lent:
         return model
     state = model.state_dict()
-    with opened(system.backbone, system.base) as backbone, opened(system.head, system.base) as lender:
+    with Checkpoint.open(system.backbone) as backbone, Checkpoint.open(system.head) as lender:
         alignment = align(backbone, lender, str(system.head))
         if any(stored not in state and not is_buffer(stored) for stored in alignment.names.values()):
             return _converted(model, lender, {stored: backbone.read(name) for name, stored in alignment.names.items()})
