@@ -59,8 +59,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def weld(digits: Path, tmp_path: Path) -> Weld:
-    def run(name: str = "merged", method: str = "mudsc", **align: Any) -> MergeReport:
-        models = {task: {"path": str(digits / "models" / task)} for task in TASKS}
+    def run(name: str = "merged", method: str = "mudsc", weight: float = 1.0, **align: Any) -> MergeReport:
+        models: dict[str, dict[str, Any]] = {task: {"path": str(digits / "models" / task)} for task in TASKS}
+        models["low"]["weight"] = weight
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"method": method, "models": models, "align": align}, sort_keys=False))
         return merge(file, tmp_path / name, "cpu", root=digits, staging=tmp_path / "staging")
@@ -125,6 +126,16 @@ def test_an_unaligned_merge_is_repaired_too(digits: Path, weld: Weld, tmp_path: 
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     name = "resnet.embedder.embedder.convolution.weight"
     torch.testing.assert_close(merged[name], (experts[0][name] + experts[1][name]) / 2)
+
+
+def test_statistics_that_are_not_repaired_are_weighted_like_the_weights(
+    digits: Path, weld: Weld, tmp_path: Path
+) -> None:
+    weld(method="linear", weight=3.0, mode="none")
+    experts = [load_file(digits / "models" / task / "model.safetensors") for task in TASKS]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = f"resnet.{STATISTIC}"
+    torch.testing.assert_close(merged[name], (3 * experts[0][name] + experts[1][name]) / 4)
 
 
 def test_alpha_is_chosen_on_images(digits: Path, weld: Weld, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def plot_similarity(
         drawn = axes.imshow(matrix, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
         axes.set_title(f"{title}: mean of matched {mean:.2f}", **_title())
         axes.tick_params(colors=FAINT, labelsize=8)
-    figure.colorbar(drawn, ax=panels.tolist(), shrink=0.85)
+    figure.colorbar(drawn, ax=panels.tolist(), shrink=0.85).ax.tick_params(colors=FAINT, labelsize=8)
     figure.suptitle(group, fontsize=9, color=FAINT)
     return _save(figure, out)
 
@@ -101,7 +101,8 @@ def plot_identity(shares: Mapping[str, float], out: Path) -> Path:
     places = np.arange(len(layers))
     axes.bar(places, list(layers.values()), color=FIXED["merged"], width=0.7, zorder=2)
     axes.set_ylim(0, 1)
-    axes.set_xticks(places, list(layers), rotation=45 if len(layers) > _MOST_LABELS else 0)
+    crowded = len(layers) > _MOST_LABELS
+    axes.set_xticks(places, list(layers), rotation=45 if crowded else 0, ha="right" if crowded else "center")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("units that stay in place, by layer", **_title())
     _plain(axes, grid="y")

@@ -33,5 +33,6 @@ def plot_landscape(plane: Mapping[str, Any], tasks: Sequence[str], out: Path) ->
         axes.set_title(f"accuracy on {task}", **_title())
         axes.set_xlabel("distance in weight space", fontsize=9, color=FAINT)
         axes.tick_params(colors=FAINT, labelsize=8)
-    figure.colorbar(filled, ax=panels.tolist(), format=PercentFormatter(1.0), shrink=0.9)
+    scale = figure.colorbar(filled, ax=panels.tolist(), format=PercentFormatter(1.0), shrink=0.9)
+    scale.ax.tick_params(colors=FAINT, labelsize=8)
     return _save(figure, out)

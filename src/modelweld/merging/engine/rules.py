@@ -15,7 +15,7 @@ from typing import Literal
 
 from modelweld.checkpoints import TensorInfo
 from modelweld.config import Recipe, Selector
-from modelweld.config.methods import Average, MethodParameters, Ties
+from modelweld.config.methods import Average, Linear, MethodParameters, Ties
 from modelweld.errors import ConfigError
 from modelweld.merging.engine.roles import Role, layer_of
 from modelweld.merging.registry import Method, method
@@ -51,7 +51,9 @@ def decide(recipe: Recipe, info: TensorInfo, role: Role) -> Decision:
         return Decision("copy", None, f"{str(info.dtype).removeprefix('torch.')} is never averaged")
     if role == "buffer" and recipe.alignment is not None and info.name.endswith(STATISTICS):
         # They belong to channels, and channels have moved: the base's would be those of other ones.
-        return Decision("merge", Average(), "batch statistics of aligned channels")
+        weighted = len({entry.weight for entry in (recipe.models or {}).values()}) > 1
+        mean = Linear() if weighted else Average()
+        return Decision("merge", mean, "batch statistics of aligned channels")
     if role == "buffer":
         return Decision("copy", None, "a buffer, not a trained weight")
     main = recipe.parameters()
