@@ -17,9 +17,10 @@ from test_engine import recipe, weights_of, write_family
 from modelweld.config.methods import TaskArithmetic
 from modelweld.errors import ExternalError
 from modelweld.lineage import manifest
-from modelweld.merging.engine import chunks, compute
+from modelweld.merging.engine import build, chunks, compute, open_inputs
 from modelweld.merging.engine.chunks import on_device
 from modelweld.merging.engine.lane import LEAST, Lane
+from modelweld.merging.engine.memory import working_bytes
 from modelweld.merging.registry import Method, TensorContext, method
 from modelweld.stages.grid import merge_grid
 from modelweld.stages.merge import merge
@@ -43,7 +44,7 @@ class Moving(Lane):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.moves, self.block = True, self.chunk
+        self.kind, self.block = "elsewhere", self.chunk
         self._flying = 0
 
     def land(self) -> None:
@@ -157,3 +158,12 @@ def test_a_grid_does_not_try_the_device_again_for_a_matrix_that_did_not_fit(
     reports = merge_grid(recipe(root, "drm"), {"drop_rate": [0.5, 0.7, 0.9]}, tmp_path / "out", threads=1)
     assert len(calls) == 4
     assert all("merged on the CPU" in report.notes[0] for report in reports.values())
+
+
+def test_what_a_device_takes_is_counted_before_it_is_sent(tmp_path: Path) -> None:
+    root = write_family(tmp_path, {LARGE: (3000, 1000), "model.norm.weight": (64,)})
+    with open_inputs(recipe(root, "ties")) as inputs:
+        tensors = {tensor.name: tensor for tensor in build(recipe(root, "ties"), inputs).tensors}
+    stack = 3 * tensors[LARGE].elements * 4
+    assert working_bytes(tensors[LARGE], 3) < stack, "streamed in host memory"
+    assert working_bytes(tensors[LARGE], 3, "cuda") > stack, "whole on an accelerator"

@@ -19,8 +19,9 @@ import yaml
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.config.loading import rooted
 from modelweld.errors import ConfigError, DiskFull, MergeError
-from modelweld.merging.engine import Placement, Plan, build, open_inputs, place, refuse_foreign
+from modelweld.merging.engine import Plan, build, open_inputs, place, refuse_foreign
 from modelweld.merging.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
+from modelweld.merging.engine.lane import free_on
 from modelweld.merging.engine.memory import peak_resident, working_bytes
 from modelweld.merging.engine.plan import dtype_name
 from modelweld.stages.align.price import Price, price
@@ -237,9 +238,9 @@ def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory
             alignment = price(recipe, built, inputs, Path())
     finally:
         torch.set_num_threads(before)
-    working = max((working_bytes(tensor, experts) for tensor in built.tensors), default=0)
+    working = max((working_bytes(tensor, experts, placement.kind) for tensor in built.tensors), default=0)
     limit = placement.limit_each(memory_limit)
-    merging = processes * peak_memory(built, experts, each, peak_resident(), limit)
+    merging = processes * peak_memory(built, experts, each, peak_resident(), limit, placement.kind)
     return Foresight(
         plan=built,
         experts=experts,
@@ -249,7 +250,9 @@ def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory
         memory_bytes=max(merging, peak_resident() + alignment.memory_bytes) if alignment else merging,
         memory_available=_available() + peak_resident(),
         device_memory_bytes=working if placement.kind == "cuda" else 0,
-        device_memory_available=_device_memory(placement) if placement.kind == "cuda" else None,
+        device_memory_available=min(
+            (free for free in map(free_on, placement.devices) if free is not None), default=None
+        ),
         disk_bytes=built.write_bytes,
         disk_free=shutil.disk_usage(existing_parent(out)).free,
         seconds=seconds(built, experts, rates, each * processes) + (alignment.seconds if alignment else 0.0),
@@ -284,10 +287,6 @@ def _is_params(file: Path) -> bool:
 
 def _models(recipe: Recipe) -> list[tuple[str, Any]]:
     return list((recipe.models or {}).items())
-
-
-def _device_memory(placement: Placement) -> int:
-    return min(torch.cuda.mem_get_info(device)[0] for device in placement.devices)
 
 
 def _size(size_bytes: float) -> str:

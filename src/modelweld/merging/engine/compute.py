@@ -130,9 +130,7 @@ class Worker:
             return self._copy(tensor, slot, out)
         if tensor.route == "factors":
             return self._from_factors(tensor, tensor.parameters, slot, out)
-        # An accelerator has its own exact selection over whole tensors, without a wait for the host.
-        whole = not tensor.streamed or (self._lane.moves and isinstance(tensor.parameters, SURVEYED))
-        make = self._whole if whole else self._streamed
+        make = self._streamed if tensor.streamed_on(self._lane.kind) else self._whole
         return make(tensor, tensor.parameters, slot, out)
 
     def _copy(self, tensor: TensorPlan, slot: Slot, out: Target) -> Finished:

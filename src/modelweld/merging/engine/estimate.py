@@ -114,11 +114,12 @@ def _parts(tensor: TensorPlan, rows: int, columns: int) -> list[tuple[int, int]]
     return [(size, inner) if whole else (inner, size) for size, whole in zip(sizes, upright, strict=True)]
 
 
-def peak_memory(plan: Plan, experts: int, threads: int, resident: int, limit: int | None) -> int:
+def peak_memory(plan: Plan, experts: int, threads: int, resident: int, limit: int | None, device: str = "cpu") -> int:
     """Bytes at the peak: what is resident now, the buffers of streaming threads, and the largest tensors in work."""
-    needs = [working_bytes(tensor, experts) for tensor in plan.tensors]
-    streaming = [need for tensor, need in zip(plan.tensors, needs, strict=True) if tensor.streamed]
-    whole = [need for tensor, need in zip(plan.tensors, needs, strict=True) if not tensor.streamed]
+    needs = [working_bytes(tensor, experts, device) for tensor in plan.tensors]
+    streams = [tensor.streamed_on(device) for tensor in plan.tensors]
+    streaming = [need for need, streamed in zip(needs, streams, strict=True) if streamed]
+    whole = [need for need, streamed in zip(needs, streams, strict=True) if not streamed]
     buffers = threads * max(streaming, default=0)
     if not whole:
         return resident + buffers

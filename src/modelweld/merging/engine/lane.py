@@ -21,6 +21,11 @@ CHUNK = 1 << 21  # elements: copies of several MB use the bus well
 LEAST = 1 << 12
 
 
+def free_on(device: torch.device) -> int | None:
+    """Bytes that are free on a CUDA device; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 class Lane:
     """What goes to `device` and comes back, in order. On the CPU nothing moves, and nothing is waited for.
 
@@ -29,12 +34,17 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.moves = device.type != "cpu"
+        self.kind = device.type
         self.block = CHUNK
         # Without a driver (fake tensors), or elsewhere than on CUDA, copies are plain ones.
         self.locked = device.type == "cuda" and torch.cuda.is_available()
         self._stream = torch.cuda.Stream(device) if self.locked else None  # type: ignore[no-untyped-call]
         self._marks: deque[torch.cuda.Event] = deque()
+
+    @property
+    def moves(self) -> bool:
+        """Whether the device is another place than the host."""
+        return self.kind != "cpu"
 
     @contextlib.contextmanager
     def issuing(self) -> Iterator[None]:

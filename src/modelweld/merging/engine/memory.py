@@ -12,6 +12,7 @@ from pathlib import Path
 from modelweld.config.methods import Drm, Ties
 from modelweld.errors import MergeError
 from modelweld.merging import drm
+from modelweld.merging.engine.lane import CHUNK as DEVICE_CHUNK
 from modelweld.merging.engine.plan import TensorPlan
 from modelweld.merging.registry import method
 
@@ -25,9 +26,12 @@ _WHOLE_FACTOR = 3.0
 _OPEN_SHARE = 0.03  # of a model's entries; where one model's is, all models' are held
 
 
-def working_bytes(tensor: TensorPlan, experts: int) -> int:
-    """What making this tensor is expected to take at its peak."""
-    if tensor.streamed or tensor.parameters is None:
+def working_bytes(tensor: TensorPlan, experts: int, device: str = "cpu") -> int:
+    """What making this tensor is expected to take at its peak: of the host, and of a device of another kind."""
+    if tensor.parameters is None or tensor.streamed_on(device):
+        if device != "cpu":
+            # Two sets of chunks of all models, and of results, are on their way.
+            return _CHUNKS + 2 * DEVICE_CHUNK * tensor.work_dtype.itemsize * (experts + 2)
         # Between two passes TIES holds the entries near the models' thresholds.
         held = min(1.0, _OPEN_SHARE * experts) if isinstance(tensor.parameters, Ties) else 0.0
         return _CHUNKS + int(tensor.elements * tensor.work_dtype.itemsize * experts * held)
@@ -82,10 +86,12 @@ def peak_resident() -> int:
 class Budget:
     """Bytes that tensors in work share: a thread waits until its tensor fits beside the others'.
 
-    The needs are those of all tensors to come. Without a limit there is `room` for them.
+    The needs are those of all tensors to come. Without a limit there is `room` for them, as far as it is `available`.
     """
 
-    def __init__(self, limit: int | None, needs: Sequence[tuple[TensorPlan, int]]) -> None:
+    def __init__(
+        self, limit: int | None, needs: Sequence[tuple[TensorPlan, int]], available: int | None = None
+    ) -> None:
         largest = max((need for _, need in needs), default=0)
         if limit is not None and largest > limit:
             raise MergeError(
@@ -93,7 +99,9 @@ class Budget:
                 where="memory_limit",
                 mend="raise the limit, or give the large tensors an element-wise method by a rule",
             )
-        self._free = limit if limit is not None else room(needs)
+        wanted = limit if limit is not None else room(needs)
+        # What does not even fit alone is tried all the same: it has the device to itself.
+        self._free = wanted if available is None else min(wanted, max(largest, available))
         self._room = threading.Condition()
 
     @contextlib.contextmanager

@@ -104,6 +104,10 @@ class TensorPlan:
         known = isinstance(self.parameters, SURVEYED) or method(self.parameters.method).elementwise
         return self.route == "dense" and known
 
+    def streamed_on(self, device: str) -> bool:
+        """As `streamed`, on a device of this kind: accelerators look at whole tensors without a wait for the host."""
+        return self.streamed and (device == "cpu" or not isinstance(self.parameters, SURVEYED))
+
     def document(self) -> dict[str, Any]:
         """This entry for machines: `plan --json`, the manifest."""
         document: dict[str, Any] = {

@@ -16,6 +16,7 @@ import torch
 from modelweld.merging.engine.compute import Cancelled, Worker
 from modelweld.merging.engine.inputs import Inputs
 from modelweld.merging.engine.journal import Finished
+from modelweld.merging.engine.lane import free_on
 from modelweld.merging.engine.memory import Budget, working_bytes
 from modelweld.merging.engine.outputs import Output
 from modelweld.merging.engine.plan import TensorPlan
@@ -76,8 +77,8 @@ class _Team:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         tensors = [output.tensors[tensor.name] for tensor in pending for output in outputs]
-        needs = [(tensor, working_bytes(tensor, len(inputs.experts))) for tensor in tensors]
-        self._budget = Budget(memory_limit, needs)
+        needs = [(tensor, self._need(tensor)) for tensor in tensors]
+        self._budget = Budget(memory_limit, needs, free_on(device))
 
     def work(self, threads: int) -> None:
         """Make all pending tensors; the first error of any thread stops the others and is raised."""
@@ -102,13 +103,16 @@ class _Team:
                 if tensor is None:
                     return
                 waiting = [output for output in self._outputs if tensor.name not in output.finished]
-                needs = (working_bytes(output.tensors[tensor.name], len(self._inputs.experts)) for output in waiting)
+                needs = [self._need(output.tensors[tensor.name]) for output in waiting]
                 with self._budget.holding(max(needs), self._stop):
                     self._make(worker, tensor.name, waiting)
                 self._watcher.finished(tensor.name)
         except BaseException:
             self._stop.set()
             raise
+
+    def _need(self, tensor: TensorPlan) -> int:
+        return working_bytes(tensor, len(self._inputs.experts), self._device.type)
 
     def _make(self, worker: Worker, name: str, outputs: Sequence[Output]) -> None:
         """One tensor of every output that lacks it."""
