@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from modelweld.errors import MergeError
@@ -226,6 +227,31 @@ class Branching(nn.Module):
         return self.one(x) if float(x.sum()) > 0 else x
 
 
-def test_a_model_that_cannot_be_exported_is_refused_by_name() -> None:
-    with pytest.raises(MergeError, match=r"Branching: cannot be exported"):
+def test_a_model_that_cannot_be_exported_is_refused_by_name_and_operation() -> None:
+    with pytest.raises(
+        MergeError, match=r"Branching: cannot be exported.*`return self\.one\(x\) if float\(x\.sum"
+    ) as error:
         derive_spec(Branching(), (torch.randn(2, 4),))
+    assert "align: {spec: FILE}" in str(error.value.mend)
+
+
+def test_a_config_that_its_own_class_refuses_is_refused() -> None:
+    config = hf.ReformerConfig(architectures=["ReformerModelWithLMHead"], is_decoder=False)
+    with pytest.raises(MergeError, match=r"ReformerConfig: cannot be built from its config.*is_decoder=True"):
+        derive_spec(config)
+
+
+def test_weights_that_are_not_finite_prove_nothing() -> None:
+    model, inputs = resnet(nn.BatchNorm2d), (torch.randn(2, 3, 6, 6),)
+    spec = derive_spec(model, inputs)
+    with torch.no_grad():
+        model[0].weight[0] = torch.nan
+    with pytest.raises(MergeError, match="not finite"):
+        prove(model, spec, inputs)
+
+
+def test_a_proof_leaves_the_model_as_it_was() -> None:
+    model, config = build("mixtral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert prove(model, derive_spec(config), example_inputs(model)) > 0.0
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from pydantic import ValidationError
 
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.errors import ConfigError, MergeError
@@ -88,7 +89,7 @@ def derived(config: Any, root: Path) -> Spec:
     if file.is_file():
         try:
             return Spec.from_json(file.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, MergeError):
             # A file that was cut short is derived again, and written anew below.
             file.unlink()
     text = derive_spec(config).to_json()
@@ -102,15 +103,21 @@ def derived(config: Any, root: Path) -> Spec:
 
 
 def given(file: Path) -> Spec:
-    """The spec that somebody wrote by hand; MergeError for a file that is none."""
+    """The spec that somebody wrote by hand; MergeError for a file that is none, or whose groups do not fit."""
+    mend = "`modelweld symmetry MODEL --spec FILE` writes one to start from"
     try:
         return Spec.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
         raise MergeError(
-            f"is not a symmetry spec: {type(error).__name__}: {error}",
-            where=str(file),
-            mend="`modelweld symmetry MODEL --spec FILE` writes one to start from",
+            f"is not a symmetry spec: {place or 'the file'}: {first['msg']}", where=str(file), mend=mend
         ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise MergeError(f"cannot be read: {reason}", where=str(file), mend=mend) from error
+    except MergeError as error:
+        raise MergeError(error.what, where=f"{file}, {error.where}", mend=error.mend) from error
 
 
 def _key(config: Any) -> str:

@@ -255,7 +255,10 @@ class _Search(ABC):
 
     def _place(self, family: Family, similarities: Mapping[str, Tensor | None]) -> tuple[bool, float]:
         """Match a family and put its units there; whether any moved, and the mean matched similarity."""
-        found, value = self.pair_up(family, similarities)
+        try:
+            found, value = self.pair_up(family, similarities)
+        except MergeError as error:
+            raise MergeError(error.what, where=f"group {family.outer}", mend=error.mend) from error
         places = self.placed.places
         changed = False
         for model, places_of_model in enumerate(found):

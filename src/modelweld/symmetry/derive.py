@@ -7,9 +7,13 @@ through its graph, and what stays free becomes the groups of a `Spec`. Parameter
 from __future__ import annotations
 
 import operator
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +25,7 @@ from modelweld.symmetry.atoms import Atom, Axes, Axis, Misfit, expand, freeze, f
 from modelweld.symmetry.rules import CARRIES, CHOOSES, RULES, UNIFORM, Call, Choice, Result, name_of, unknown
 from modelweld.symmetry.spec import Factor, Group, Spec, join, pieces
 
+_BY_HAND = "give a spec file written by hand (align: {spec: FILE}), or merge by a method that needs no alignment"
 SILENT = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_size", "sym_constrain_range_for_size"}
 
 
@@ -33,21 +38,39 @@ def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None =
     """
     from modelweld.symmetry.instances import Answering, example_inputs, instantiate
 
-    module = model if isinstance(model, nn.Module) else instantiate(model)
-    call = example_inputs(module) if inputs is None else inputs
+    try:
+        module = model if isinstance(model, nn.Module) else instantiate(model)
+        call = example_inputs(module) if inputs is None else inputs
+    except MergeError:
+        raise
+    except Exception as error:
+        raise MergeError(
+            f"cannot be built from its config: {_first_line(error)}", where=type(model).__name__, mend=_BY_HAND
+        ) from error
     module = module.eval()
     args, kwargs = (call, {}) if isinstance(call, tuple) else ((), dict(call))
-    with warnings.catch_warnings(), torch.no_grad():
+    # What cannot be exported is printed as a whole graph, where one line names the operation.
+    with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(Answering(module), args, kwargs, strict=False)
         except Exception as error:
             raise MergeError(
-                f"cannot be exported: {str(error).strip().splitlines()[0]}",
-                where=type(module).__name__,
-                mend="give a spec file by hand (symmetry: spec), or merge by a method that needs no alignment",
+                f"cannot be exported: {_first_line(error)}{_culprit(error)}", where=type(module).__name__, mend=_BY_HAND
             ) from error
     return _Derivation(program, module).spec()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _culprit(error: Exception) -> str:
+    """The operation of the model itself at which exporting ended, as its source has it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((str(Path(torch.__file__).parent), __file__))]
+    own = [frame for frame in own if Path(frame.filename).parent != Path(__file__).parent]
+    return f", at `{own[-1].line}` ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 class _Derivation:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from modelweld.errors import MergeError
 
 POSITIONS = 8
+# What the configs of routed models call the number of their experts.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # For networks of convolutions, which take images of any size.
 PIXELS = 64
 
@@ -21,7 +23,7 @@ def instantiate(config: Any) -> nn.Module:
     import transformers
 
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    if getattr(config, "num_local_experts", None) and names:
+    if names and any(getattr(config, key, None) for key in EXPERTS):
         # Which experts a token goes to is data: only the form that runs on all of them at once can be exported.
         with torch.device("meta"):
             routed: nn.Module = getattr(transformers, names[0])._from_config(

@@ -13,9 +13,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from modelweld.errors import MergeError
@@ -185,7 +186,7 @@ class Spec:
         for dim, factors in enumerate(self.axes[name]):
             if tensor.ndim != len(self.axes[name]) or tensor.shape[dim] != length(factors):
                 raise MergeError(
-                    f"axis {dim} has {tensor.shape[dim]} positions, the symmetry spec says otherwise",
+                    f"is {tuple(tensor.shape)}, the symmetry spec says {[length(axis) for axis in self.axes[name]]}",
                     where=name,
                     mend="derive the spec from this model's own config",
                 )
@@ -262,19 +263,53 @@ class Spec:
         return json.dumps(document, indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The spec that `to_json` wrote."""
-        document: dict[str, Any] = json.loads(text)
-        groups = {
-            name: Group(entry["name"], entry["size"], tuple(entry["within"]))
-            for name, entry in document["groups"].items()
-        }
-        axes = {
-            name: tuple(tuple(_factor(factor) for factor in axis) for axis in entry)
-            for name, entry in document["axes"].items()
-        }
-        reads = frozenset((name, dim) for name, dim in document["reads"])
-        return cls(groups, axes, reads, document["unknown"])
+    def from_json(cls, text: str) -> Spec:
+        """The spec that `to_json` wrote, or somebody by hand.
+
+        Raises pydantic's ValidationError for text of another form, MergeError for groups that do not fit each other.
+        """
+        spec = TypeAdapter(Spec).validate_json(text)
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """Raise MergeError, naming the group or tensor, where this is no set of groups that can be permuted."""
+        for name, group in self.groups.items():
+            for outer in group.within:
+                if outer == name or outer not in self.groups or self.groups[outer].within:
+                    raise MergeError(
+                        f"lies within {outer}, which is no group that lies in none",
+                        where=f"group {name}",
+                        mend="name an outer group of the spec, or leave `within` empty",
+                    )
+        for tensor, shape in self.axes.items():
+            for dim, factors in enumerate(shape):
+                self._check_axis(tensor, dim, factors)
+
+    def _check_axis(self, tensor: str, dim: int, factors: tuple[Factor, ...]) -> None:
+        where = f"{tensor}, axis {dim}"
+        inner = [factor for factor in factors[:-1] if factor.parts]
+        if not factors or inner:
+            raise MergeError(
+                "parts may only come last on an axis" if inner else "has no factors", where=where, mend="see `--spec`"
+            )
+        for factor in leaves(factors):
+            if factor.size < 1 or (factor.group is not None and factor.group not in self.groups):
+                raise MergeError(
+                    f"names the group {factor.group} of {factor.size} units, which is not among the groups",
+                    where=where,
+                    mend="add it to `groups`, or set group to null to keep the axis as it is",
+                )
+            if factor.group is not None and factor.size != self.groups[factor.group].size:
+                raise MergeError(
+                    f"has {factor.size} units of {factor.group}, which has {self.groups[factor.group].size}",
+                    where=where,
+                    mend="write a length that the group divides as a product of factors",
+                )
+        last = factors[-1]
+        if last.parts and last.size != sum(length(part) for part in last.parts):
+            raise MergeError("its parts do not add up to its size", where=where, mend=f"their sum, not {last.size}")
+        self.outside(tensor, dim)
 
     def _outer(self, group: Group) -> list[int]:
         return [self.groups[name].size for name in group.within]
@@ -286,8 +321,3 @@ class Spec:
         shape = [1] * dims
         shape[depth] = -1
         return permutation.reshape(shape)
-
-
-def _factor(entry: Mapping[str, Any]) -> Factor:
-    parts = tuple(tuple(_factor(factor) for factor in part) for part in entry.get("parts", ()))
-    return Factor(entry["size"], entry["group"], entry["why"], parts)

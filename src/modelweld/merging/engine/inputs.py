@@ -173,6 +173,25 @@ def _bytes_differ(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return tied_partner(checkpoint, one, {other}) is None
 
 
+def _first_difference(one: Checkpoint, other: Checkpoint) -> str | None:
+    """The first layer in which two models of the same layout differ in shape, or that one of them has alone."""
+
+    def order(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
+        parts = [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+        # What is in no layer (embeddings, heads) comes last.
+        return not any(number for number, _, _ in parts), parts
+
+    if not one.tensors.keys() & other.tensors.keys():
+        return None
+    for name in sorted(one.tensors.keys() | other.tensors.keys(), key=order):
+        here, there = one.tensors.get(name), other.tensors.get(name)
+        if here is None or there is None:
+            return f"only one of them has {name}"
+        if here.shape != there.shape:
+            return f"{name} is {here.shape} and {there.shape}"
+    return None
+
+
 def _same_configs(opened: Mapping[str, Checkpoint]) -> None:
     labels = list(opened)
     first = {k: v for k, v in opened[labels[0]].config.items() if k not in _OWN_KEYS}
@@ -180,6 +199,12 @@ def _same_configs(opened: Mapping[str, Checkpoint]) -> None:
     for label in labels[1:]:
         other = {k: v for k, v in opened[label].config.items() if k not in _OWN_KEYS}
         differing = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+        if differing and (layer := _first_difference(opened[labels[0]], opened[label])):
+            raise ConfigError(
+                f"{labels[0]} and {label} are not of one depth and width ({', '.join(differing[:5])}): {layer}",
+                where=str(Path(opened[label].path)),
+                mend="merge models of one architecture, depth and width",
+            )
         if differing or heads[label] != heads[labels[0]]:
             raise ConfigError(
                 f"{labels[0]} and {label} have different configs ({', '.join(differing[:5]) or 'architectures'}), and "

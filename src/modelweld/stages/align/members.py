@@ -157,7 +157,8 @@ def _movable(expert: Expert, stored: str, spec: Spec) -> bool:
     raise MergeError(
         f"{expert.label} stores {stored!r}, which is no tensor of its architecture by itself",
         where=expert.checkpoint.place(stored),
-        mend="load it with this version of transformers and save it again with save_original_format=False",
+        mend="load it with this version of transformers and save it again with save_original_format=False, or name it "
+        "in the spec file (align.spec)",
     )
 
 
