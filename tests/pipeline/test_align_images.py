@@ -59,11 +59,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def weld(digits: Path, tmp_path: Path) -> Weld:
-    def run(name: str = "merged", method: str = "mudsc", weight: float = 1.0, **align: Any) -> MergeReport:
+    def run(
+        name: str = "merged", method: str = "mudsc", weight: float = 1.0, dtype: str = "auto", **align: Any
+    ) -> MergeReport:
         models: dict[str, dict[str, Any]] = {task: {"path": str(digits / "models" / task)} for task in TASKS}
         models["low"]["weight"] = weight
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({"method": method, "models": models, "align": align}, sort_keys=False))
+        document = {"method": method, "models": models, "align": align, "output": {"dtype": dtype}}
+        file.write_text(yaml.safe_dump(document, sort_keys=False))
         return merge(file, tmp_path / name, "cpu", root=digits, staging=tmp_path / "staging")
 
     return run
@@ -114,6 +117,16 @@ def test_equal_merges_have_equal_bytes_whatever_the_threads(digits: Path, weld: 
         torch.set_num_threads(before)
     for file in ("model.safetensors", "manifest.json", "alignment.json", "alignment.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_half_precision_is_repaired_in_single_and_stored_in_half(digits: Path, weld: Weld, tmp_path: Path) -> None:
+    for name, dtype in (("half", "bfloat16"), ("single", "float32")):
+        weld(name, dtype=dtype, calibration=rows(digits), rows=64)
+    half, single = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "single"))
+    name = f"resnet.{STATISTIC}"
+    assert half[name].dtype == torch.bfloat16
+    torch.testing.assert_close(half[name].float(), single[name], rtol=0.02, atol=0.02)
+    assert manifest.verify(tmp_path / "half") == []
 
 
 def test_an_unaligned_merge_is_repaired_too(digits: Path, weld: Weld, tmp_path: Path) -> None:

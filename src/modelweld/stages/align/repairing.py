@@ -62,14 +62,16 @@ def repaired(
     calibration = calibration_of(settings, inputs)
     # With a head on it is the class that was trained; which head makes no difference to what lies before it.
     head = plan.heads[0] if plan.heads else None
-    model = load(tree, head.task if head else None)
+    model = load(tree, head.task if head else None).float()
     with _one_thread():
         layers = mended(model, calibration)
     finished, slots = dict(execution.finished), plan.layout.slots
     shards = {shard.file: ShardFile(shard, tree) for shard in plan.layout.shards}
     try:
-        names = _stored_names(model, slots, head)
+        names, kept = _stored_names(model, slots, head), head.tensors if head else ()
         for buffer, statistic in _statistics(model):
+            if buffer in kept:
+                continue
             if buffer not in names:
                 raise MergeError("is in no file of the merge", where=buffer, mend="leave `repair` out: repair: false")
             name, slot = names[buffer], slots[names[buffer]]
