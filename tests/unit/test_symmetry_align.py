@@ -127,3 +127,16 @@ def test_nonsense_is_refused() -> None:
         align([model.state_dict()] * 2, Spec({}, {}), alpha=1.5)
     with pytest.raises(MergeError, match="two models"):
         align([model.state_dict()], Spec({}, {}))
+
+
+def test_zip_budgets_that_leave_no_pair_are_refused_by_the_group() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    spec = derive_spec(model, (torch.randn(2, 4),))
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        {name: torch.randn(tensor.shape, generator=generator) for name, tensor in model.state_dict().items()}
+        for _ in range(3)
+    ]
+    assert zip_models(states, spec).objective > 0.0
+    with pytest.raises(MergeError, match=r"group 0\.weight\[0\]: no pair is left to merge after \d+ of 32"):
+        zip_models(states, spec, budget=0.0)

@@ -29,6 +29,9 @@ def naive_zip(
     np.fill_diagonal(matrix, -np.inf)
     owner, values = list(range(total)), []
     left = [int((total - units) // models * budget + 1e-4)] * models
+    for model in range(models):
+        if left[model] <= 0:
+            matrix[model * units : (model + 1) * units, model * units : (model + 1) * units] = -np.inf
     for _ in range(total - units):
         low, high = sorted(divmod(int(matrix.argmax()), total))
         if not np.isfinite(matrix[low, high]):

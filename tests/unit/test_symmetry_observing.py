@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
 from modelweld.errors import MergeError
-from modelweld.symmetry import align, derive_spec
+from modelweld.symmetry import align, derive_spec, similarity
 from modelweld.symmetry.observing import observe, places
 from modelweld.symmetry.repair import repair
+from modelweld.symmetry.similarity import between
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 
@@ -87,6 +89,43 @@ def test_padding_is_left_out() -> None:
     )
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sums_on_disk_are_those_in_memory(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Strips of a few rows, and parts of a batch.
+    monkeypatch.setattr(similarity, "STRIP_BYTES", 1000)
+    monkeypatch.setattr(similarity, "SAMPLES", 7)
+    models = [vit(0), vit(1), vit(2)]
+    spec = derive_spec(models[0])
+    stored = observe(models, spec, pictures(), whole=whole, scratch=tmp_path)
+    held = observe(models, spec, pictures(), whole=whole)
+    assert list(stored) == list(held)
+    assert list(tmp_path.iterdir())
+    for name, expected in held.items():
+        torch.testing.assert_close(stored[name], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(stored[name], expected, rtol=0, atol=1e-12)
+
+
+def test_rows_of_the_first_model_are_a_part_of_the_whole() -> None:
+    models = [vit(0), vit(1), vit(2)]
+    spec = derive_spec(models[0])
+    whole, part = observe(models, spec, pictures()), observe(models, spec, pictures(), whole=False)
+    for name, found in part.items():
+        units = len(found)
+        torch.testing.assert_close(found, whole[name][:units, units:])
+        for model in (1, 2):
+            assert between(found, units, model).equal(found[:, (model - 1) * units : model * units])
+            torch.testing.assert_close(between(whole[name], units, model), between(found, units, model))
+
+
+def test_an_activation_that_is_not_finite_is_refused_by_its_group() -> None:
+    model, other = vit(0), vit(1)
+    spec = derive_spec(model)
+    with torch.no_grad():
+        other.vit.layers[1].mlp.fc1.weight.fill_(torch.inf)
+    with pytest.raises(MergeError, match=r"the units of vit\.layers\.1\.mlp\.fc1\.weight\[0\]: an activation is not"):
+        observe([model, other], spec, pictures())
 
 
 def test_an_empty_calibration_set_is_refused() -> None:

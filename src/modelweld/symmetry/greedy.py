@@ -33,6 +33,9 @@ def merge_greedily(
     partner = np.full(len(matrix), UNKNOWN, np.int32)
     column = np.arange(len(matrix), dtype=np.int32)
     living = len(alive)
+    for model in range(len(left)):
+        if left[model] <= 0:
+            _forbid(matrix, column, partner, alive, model_of, model)
     for step in range(len(values)):
         low = _best_row(matrix, column, bound, partner, alive[:living])
         if bound[low] == GONE:
