@@ -355,7 +355,9 @@ def test_headers_are_read_without_the_weights(hub: Hub, tmp_path: Path) -> None:
     files = upstream.resolve().files
     read = peek(upstream, {name: files[name] for name in ("config.json", "model.safetensors")}, tmp_path / "seen")
     assert read < 1 << 17
-    assert hub.requests[-1][0].endswith(f"/resolve/{commit}/model.safetensors")
+    path, asked, _ = hub.requests[-1]
+    assert path.endswith(f"/resolve/{commit}/model.safetensors")
+    assert asked == "bytes=0-65535"
     with Checkpoint.open(tmp_path / "seen") as seen:
         assert seen.tensors["w"].shape == (400_000, 64)
     whole = (tmp_path / "seen" / "model.safetensors").stat()

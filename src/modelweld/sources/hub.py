@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http import HTTPStatus
 
 import httpx2
@@ -23,7 +24,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources.licence import licence_of
 from modelweld.sources.retrying import patiently, resuming, without
-from modelweld.sources.upstream import STREAM_BYTES, Listed, Listing, Upstream
+from modelweld.sources.upstream import STREAM_BYTES, Listed, Listing, Upstream, first_bytes
 
 _TIMEOUT_S = 30.0
 _TOKEN_MEND = "check the name; a private or gated repository needs HF_TOKEN in the environment"  # noqa: S105
@@ -86,6 +87,14 @@ class HubRepository(Upstream):
 
     def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """One file's bytes from `offset` on, in one ranged request that goes on where it breaks off."""
+        yield from self._read(name, listed, offset, None)
+
+    def beginning(self, name: str, listed: Listed, count: int) -> bytes:
+        """The first bytes of a file, in one request for no more."""
+        wanted = min(count, listed.size_bytes)
+        return first_bytes(self._read(name, replace(listed, size_bytes=wanted), 0, wanted), wanted)
+
+    def _read(self, name: str, listed: Listed, offset: int, end: int | None) -> Generator[bytes, None, None]:
         path = self._uri.path_in_repo
         inside = path if path and path.rpartition("/")[2] == name else f"{path}/{name}" if path else name
         url = hf_hub_url(
@@ -99,8 +108,8 @@ class HubRepository(Upstream):
         def open_at(start: int) -> Iterator[bytes]:
             # Without this, an edge server may send small files compressed, and ranges would count compressed bytes.
             headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
-            if start:
-                headers["Range"] = f"bytes={start}-"
+            if start or end is not None:
+                headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
             with http_stream_backoff(
                 "GET", url, max_retries=0, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True
             ) as response:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -43,7 +41,7 @@ def peek(upstream: Upstream, files: Mapping[str, Listed], folder: Path) -> int:
             weights.append(path)
             read += _header(upstream, name, listed, path)
         elif name.endswith(_INDEX) or (name.endswith(".json") and listed.size_bytes <= _SMALL_BYTES):
-            whole = _beginning(upstream, name, listed, listed.size_bytes)
+            whole = upstream.beginning(name, listed, listed.size_bytes)
             path.write_bytes(whole)
             read += len(whole)
     (folder / HOLLOW).touch()
@@ -53,24 +51,15 @@ def peek(upstream: Upstream, files: Mapping[str, Listed], folder: Path) -> int:
 
 def _header(upstream: Upstream, name: str, listed: Listed, path: Path) -> int:
     """Write the header of one weight file; how many bytes were read."""
-    found = _beginning(upstream, name, listed, _FIRST_BYTES)
+    found = upstream.beginning(name, listed, _FIRST_BYTES)
     wanted = LENGTH_BYTES + int.from_bytes(found[:LENGTH_BYTES], "little")
     # A length that no header has is not asked for: the checks that refuse it need no more than it.
     if len(found) < wanted <= min(listed.size_bytes, MAX_HEADER_BYTES + LENGTH_BYTES):
-        found = _beginning(upstream, name, listed, wanted)
+        found = upstream.beginning(name, listed, wanted)
     with path.open("wb") as stream:
         stream.write(found[:wanted])
         stream.truncate(listed.size_bytes)
     return len(found)
-
-
-def _beginning(upstream: Upstream, name: str, listed: Listed, count: int) -> bytes:
-    # Where the upstream reads in ranges, it asks for no more than the file is said to have.
-    part, found = replace(listed, size_bytes=min(count, listed.size_bytes)), b""
-    with closing(upstream.read(name, part)) as blocks:
-        while len(found) < part.size_bytes and (block := next(blocks, b"")):
-            found += block
-    return found[:count]
 
 
 def _mark(folder: Path, weights: list[Path]) -> None:

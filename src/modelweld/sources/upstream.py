@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelweld.errors import SourceError
@@ -58,9 +59,24 @@ class Upstream(ABC):
     def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
         """The bytes of one file from `offset` on, in blocks; transient failures were already retried."""
 
+    def beginning(self, name: str, listed: Listed, count: int) -> bytes:
+        """The first `count` bytes of a file, or all of a shorter one; little more is read."""
+        # Where the upstream reads in ranges, it asks for no more than the file is said to have.
+        part = replace(listed, size_bytes=min(count, listed.size_bytes))
+        return first_bytes(self.read(name, part), part.size_bytes)
+
     def gone(self, what: str, mend: str = "check the address and its revision in params.yaml") -> SourceError:
         """The error for something that is not there."""
         return SourceError(what, where=self.where, mend=mend)
+
+
+def first_bytes(blocks: Generator[bytes, None, None], count: int) -> bytes:
+    """The first `count` bytes of a stream, which is then left."""
+    found = b""
+    with closing(blocks):
+        while len(found) < count and (block := next(blocks, b"")):
+            found += block
+    return found[:count]
 
 
 def open_upstream(address: str, project_root: Path, where: str) -> Upstream:

@@ -90,6 +90,25 @@ class FsspecUrl(Upstream):
             if offset < listed.size_bytes:
                 yield from resuming(open_at, offset, self._is_transient)
 
+    def beginning(self, name: str, listed: Listed, count: int) -> bytes:
+        """The first bytes of a file; a web server that knows no ranges is not listened to any longer."""
+        if not self._is_web:
+            return super().beginning(name, listed, count)
+        fs, root = self._opened
+        wanted = min(count, listed.size_bytes)
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes=0-{wanted - 1}"}
+
+        def first() -> bytes:
+            with fs.open(self._locate(fs, root, name), "rb", block_size=0, size=1, headers=headers) as stream:
+                stream.r.raise_for_status()
+                found = b""
+                while len(found) < wanted and (block := stream.read(wanted - len(found))):
+                    found += block
+                return found
+
+        with self._explained():
+            return self._patiently(first) if wanted else b""
+
     def _ranged(self, fs: Any, path: str, listed: Listed) -> Callable[[int], Iterator[bytes]]:
         version = {"version_id": listed.version} if listed.version else {}
 

@@ -14,7 +14,7 @@ from modelweld.errors import ConfigError
 from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources.guards import refuse_secrets
 from modelweld.sources.local import LocalPath
-from modelweld.sources.lock import Kind, Lock
+from modelweld.sources.lock import Kind, Lock, Pinned
 from modelweld.sources.peeking import peek
 from modelweld.sources.selection import PICKLE_SUFFIXES, select
 from modelweld.sources.upstream import Listed, Upstream, open_upstream
@@ -51,12 +51,13 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
     seen: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="modelweld-plan-") as scratch:
         for name in ["base", *dict.fromkeys(experts)]:
-            if (root / "models" / name).is_dir():
+            entry = lock.pinned.get(f"model-{name}") if lock is not None else None
+            if _is_here(root / "models" / name, params.models[name], entry):
                 paths[name] = root / "models" / name
                 continue
             upstream, files = _listed("model", name, params.models[name], root, lock)
             sizes[f"model-{name}"] = sum(file.size_bytes for file in files.values())
-            pickled = [file for file in files if Path(file).suffix.lower() in PICKLE_SUFFIXES]
+            pickled = [file for file in files if _is_pickled(file)]
             if pickled or not upstream.in_parts:
                 unseen[name] = f"{pickled[0]} is pickled" if pickled else "MLflow hands over whole files"
             elif isinstance(upstream, LocalPath) and upstream.path.is_dir():
@@ -77,6 +78,20 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
                 sizes[f"dataset-{name}"] = sum(file.size_bytes for file in files.values())
         placed = {name: _placed(recipe, paths, root) for name, recipe in baselines.items()}
         yield Sighting(_placed(merge, paths, root), placed, sizes, seen)
+
+
+def _is_here(folder: Path, source: Source, entry: Pinned | None) -> bool:
+    """Whether a fetched model is what params.yaml names now; one that was put there by hand is believed."""
+    if not folder.is_dir() or entry is None:
+        return folder.is_dir()
+    kept = {name: file for name, file in entry.files.items() if not _is_pickled(name)}
+    sizes = {name: (folder / name).stat().st_size for name in kept if (folder / name).is_file()}
+    return entry.uri == source.uri and sizes == {name: file.size_bytes for name, file in kept.items()}
+
+
+def _is_pickled(name: str) -> bool:
+    # A fetch rewrites pickles, and leaves their index out.
+    return Path(name.removesuffix(".index.json")).suffix.lower() in PICKLE_SUFFIXES
 
 
 def _listed(
