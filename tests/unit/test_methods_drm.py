@@ -15,6 +15,7 @@ from torch import Tensor
 from modelweld.errors import MergeError
 from modelweld.merging import drm
 from modelweld.merging.low_rank import LowRank
+from modelweld.merging.selection import pruned
 
 
 def by_definition(
@@ -262,3 +263,38 @@ def test_the_peak_is_what_it_is_said_to_be() -> None:
     assert len(peaks) == 3
     assert all(peak < said for peak, said in peaks)
     assert peaks[0][0] > peaks[0][1] / 3  # later ones find memory that was freed but is still the process's
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.0]])
+@pytest.mark.parametrize("disjoint_mean", [True, False])
+def test_notes_count_what_is_kept_and_what_loses_the_vote(
+    drop_rate: float, weights: list[float] | None, disjoint_mean: bool
+) -> None:
+    basis = drm.factorise(gaussian(13, 3, 20, 30))
+    notes: dict[str, Tensor] = {}
+    noted = drm.finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, notes=notes)
+    assert torch.equal(noted, drm.finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean)), (
+        "counting changes nothing"
+    )
+    magnitudes = basis.directions.abs()
+    size = magnitudes.numel()
+    k = size - round(size * (1 - drop_rate))
+    kept = magnitudes >= (magnitudes.flatten().sort().values[k - 1] if k else 0)
+    entries = basis.directions * kept * basis.strengths[:, :, None]
+    outvoted = kept & (entries.sign() != entries.sum(0).sign())
+    assert float(notes["kept_share"]) == pytest.approx(kept.sum().item() / size)
+    assert float(notes["sign_conflicts"]) == pytest.approx(outvoted.sum().item() / kept.sum().item())
+    low_rank: dict[str, Tensor] = {}
+    drm.finish_low_rank(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, notes=low_rank)
+    assert low_rank == notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pruning_keeps_exactly_what_reaches_the_limit(dtype: torch.dtype) -> None:
+    values = gaussian(14, 500).to(dtype)
+    values[3], values[4] = -values[2], 0.0
+    for limit in (values[2].abs(), values.abs().max(), torch.zeros((), dtype=dtype), torch.tensor(9.0, dtype=dtype)):
+        expected = torch.where(values.abs() >= limit, values, 0)
+        assert torch.equal(pruned(values, limit), expected)
+        assert torch.equal(pruned(values, limit.unsqueeze(0)), expected), "as on a device, where no limit is looked at"
