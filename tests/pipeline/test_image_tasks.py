@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from modelweld.cli.app import main
+from modelweld.config import load_params
 from modelweld.errors import CheckpointError, GateRefused, InputError
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline
@@ -187,6 +188,22 @@ def test_jointly_needs_heads_of_image_tasks(finished: Path, capsys: pytest.Captu
     assert "two heads or more" in capsys.readouterr().err
     assert run(["evaluate", str(finished / "merged"), "--joint", "--task", "low", *params]) == 2
     assert "--task" in capsys.readouterr().err
+
+
+def test_a_pipeline_aligns_image_tasks_by_their_own_rows(finished: Path, tmp_path: Path) -> None:
+    document = json.loads((finished / "params.yaml").read_text())
+    document["merge"] = {"method": "mudsc", "align": {"alpha": "auto"}}
+    document["tasks"]["high"]["train_split"] = None
+    (tmp_path / "params.yaml").write_text(json.dumps(document))
+    align = load_params(tmp_path / "params.yaml").recipe().alignment
+    assert align is not None
+    assert align.calibration is not None
+    assert align.validation is not None
+    assert set(align.calibration) == {"low"}, "a task without a train split gives no rows"
+    assert set(align.validation) == set(TASKS)
+    rows = align.calibration["low"]
+    assert (rows.dataset, rows.split, rows.image) == ("datasets/low", "train", "image")
+    assert align.validation["high"].split == "validation"
 
 
 def test_the_wrong_kind_of_task_is_named(finished: Path, tmp_path: Path) -> None:
