@@ -186,6 +186,37 @@ def test_a_packed_projection_keeps_its_pieces_and_moves_its_heads() -> None:
     assert prove(model, spec, inputs) < 1e-4
 
 
+class Mixing(nn.Module):
+    """Pieces of one projection that are weighed against each other, unit by unit, before they are told apart."""
+
+    def __init__(self, mix: str) -> None:
+        super().__init__()
+        self.mix, self.packed, self.head = mix, nn.Linear(6, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.packed(x).reshape(len(x), 3, 8)
+        if self.mix == "softmax":
+            pieces = pieces.softmax(1)
+        elif self.mix == "cumsum":
+            pieces = pieces.cumsum(1)
+        elif self.mix == "flip":
+            pieces = pieces.flip(1)
+        elif self.mix == "norm":
+            pieces = nn.functional.layer_norm(pieces.transpose(1, 2), (3,)).transpose(1, 2)
+        one, two, three = pieces.unbind(1)
+        return self.head(one * two) + three.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("mix", ["none", "softmax", "cumsum", "flip", "norm"])
+def test_pieces_that_meet_unit_by_unit_are_not_taken_apart(mix: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Mixing(mix).eval(), (torch.randn(5, 6),)
+    spec = derive_spec(model, inputs)
+    assert bool(spec.axes["packed.weight"][0][-1].parts) == (mix == "none")
+    assert {group.size for group in spec.groups.values()} == {8}
+    assert prove(model, spec, inputs) < 1e-4
+
+
 class Odd(nn.Module):
     """A module with an operation that no rule knows."""
 

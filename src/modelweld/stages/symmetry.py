@@ -19,7 +19,7 @@ from modelweld.symmetry.spec import leaves
 
 CACHE = Path(".modelweld") / "cache" / "symmetry"
 # Raised when a rule changes what is derived: older files are then derived again.
-RULES_VERSION = 2
+RULES_VERSION = 3
 # What two models of one architecture may differ in.
 _NAMES_ONLY = frozenset(("_name_or_path", "transformers_version", "id2label", "label2id", "dtype", "torch_dtype"))
 

@@ -92,6 +92,7 @@ class _Derivation:
         self.env: dict[Node, Result] = {}
         self.reads: list[tuple[Node, int]] = []
         self.choices: dict[tuple[Node, int], Choice] = {}
+        self.sums: list[Axes] = []
         self.within: dict[int, Atom] = {}
         self.unknown: Counter[str] = Counter()
 
@@ -171,7 +172,7 @@ class _Derivation:
         value = node.meta.get("val")
         if name in SILENT or not isinstance(value, (torch.Tensor, list, tuple)):
             return
-        call = Call(name, node, self.env, self.reads, self.choices)
+        call = Call(name, node, self.env, self.reads, self.choices, self.sums)
         for source in call.tensors:
             if name in CARRIES and (source, 0) in self.choices:
                 self.choices[node, 0] = self.choices[source, 0]
@@ -263,7 +264,11 @@ class _Derivation:
 
     def _held(self) -> list[dict[int, Atom]]:
         """By tensor, of the model or on the way, the atoms of all its axes."""
-        every = [*self.shared.values(), *(axes for result in self.env.values() for axes in self._tuple(result))]
+        every = [
+            *self.shared.values(),
+            *self.sums,
+            *(axes for result in self.env.values() for axes in self._tuple(result)),
+        ]
         return [{id(atom): atom for axis in axes for atom in expand(axis)} for axes in every]
 
     @staticmethod

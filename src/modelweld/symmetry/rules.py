@@ -39,7 +39,8 @@ class Choice:
 class Call:
     """One operation of the graph: its name, its arguments, and the axes of the tensors among them.
 
-    `choices` holds, by node and number of its result, what the numbers in a tensor name.
+    `choices` holds, by node and number of its result, what the numbers in a tensor name; `sums` the axes of what is
+    summed up on the way and never seen as a tensor.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Call:
     env: dict[Node, Result]
     reads: list[tuple[Node, int]]
     choices: dict[tuple[Node, int], Choice]
+    sums: list[Axes]
 
     @property
     def tensors(self) -> list[Node]:
@@ -158,8 +160,19 @@ def reduction(call: Call) -> Result:
 
 
 def ordered(call: Call) -> Result:
+    axes, why = list(call.first()), f"{call.name} depends on the order"
+    dims = range(len(axes)) if call.name == "roll" else call.arg(1, "dims" if call.name == "flip" else "dim")
+    for dim in [dims] if isinstance(dims, int) else dims:
+        freeze(axes[dim], why)
+        # A place of the result is no longer that place of what went in.
+        axes[dim] = fresh([length(axes[dim])], why)[0]
+    return axes
+
+
+def softmax(call: Call) -> Result:
     axes = call.first()
-    freeze(axes[call.arg(1, "dim")], f"{call.name} depends on the order")
+    dim = call.arg(1, "dim") % len(axes)
+    call.sums.append([*axes[:dim], *axes[dim + 1 :]])
     return axes
 
 
@@ -175,6 +188,7 @@ def top(call: Call) -> Result:
 def layer_norm(call: Call) -> Result:
     axes = call.first()
     trailing = len(call.arg(1, "normalized_shape"))
+    call.sums.append(list(axes[:-trailing]))
     for node in call.tensors[1:]:
         for back in range(1, trailing + 1):
             unify(axes[-back], call.axes(node)[-back], call.name)
@@ -495,7 +509,8 @@ RULES: dict[str, Rule] = _table(
     (keep, "relu gelu silu sigmoid tanh exp rsqrt sqrt neg abs clone _to_copy alias detach cos sin log reciprocal"),
     (keep, "bitwise_not logical_not dropout ceil floor sign clamp contiguous erf log2 type_as to lift_fresh_copy"),
     (keep, "leaky_relu softplus hardtanh hardswish isinf isnan clamp_min clamp_max round trunc square elu mish relu6"),
-    (keep, "softmax _softmax log_softmax _log_softmax _safe_softmax feature_dropout"),
+    (keep, "feature_dropout"),
+    (softmax, "softmax _softmax log_softmax _log_softmax _safe_softmax"),
     (keep_twice, "native_dropout"),
     (uniform, " ".join(sorted(UNIFORM))),
     (elementwise, "add sub mul div where gt lt ge le eq ne maximum minimum pow bitwise_and logical_and logical_or"),
