@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
+from modelweld.merging import kernels
 from modelweld.merging.election import blocks, elect_overwriting
 from modelweld.merging.low_rank import LowRank, require_finite_factors
 from modelweld.merging.operands import Weights, require_finite, shares, stacked
@@ -196,23 +197,44 @@ def _merged_rows(
     """Steps 2 and 3 of the paper: (r, m) rows in the joint basis."""
     if not 0 <= drop_rate < 1:
         raise MergeError(f"drop_rate is {drop_rate}", mend="give a share from 0 to below 1")
-    directions, strengths = basis.directions, basis.strengths
-    count, r, m = directions.shape
+    directions = basis.directions
+    _, r, m = directions.shape
     c = shares(weights, directions)
     quota = basis.active.sum() * basis.rank * m  # L = N·r·m
     threshold = quota_threshold(directions, quota, 1 - drop_rate)
     divisor = None if disjoint_mean else basis.active.sum().clamp(min=1)
-    agreeing, kept = None if notes is None else strengths.new_zeros(()), torch.zeros_like(quota)
     merged = torch.empty(r, m, dtype=directions.dtype, device=directions.device)
-    ranges = blocks(r, count * m, directions)
-    scratch = torch.empty(count, ranges[0][1] if ranges else 0, m, dtype=merged.dtype, device=merged.device)
-    for start, stop in ranges:
-        entries = pruned(directions[:, start:stop], threshold, scratch[:, : stop - start])  # (N, rows, m)
-        if notes is not None:
-            kept += nonzeros(entries)
-        entries.mul_(strengths[:, start:stop].unsqueeze(2))
-        elect_overwriting(entries, c, divisor=divisor, out=merged[start:stop], agreeing=agreeing)
-    if notes is not None and agreeing is not None:
+    elect_rows = _elect_in_host_memory if merged.device.type == "cpu" else _elect_on_device
+    kept, agreeing = elect_rows(basis, threshold, c, divisor, merged)
+    if notes is not None:
         notes["kept_share"] = kept.double() / quota.clamp(min=1)
         notes["sign_conflicts"] = (kept - agreeing) / kept.clamp(min=1)
     return merged
+
+
+def _elect_in_host_memory(
+    basis: DrmBasis, threshold: Tensor, c: Tensor | None, divisor: Tensor | None, merged: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fills `merged`; how many entries are kept, and how many of these agree with the elected sign, 0-d both."""
+    c = torch.ones(len(basis.directions), dtype=merged.dtype) if c is None else c
+    kept, agreeing = kernels.elect_rows(
+        basis.directions.numpy(),
+        basis.strengths.numpy(),
+        float(threshold),
+        c.numpy(),
+        0.0 if divisor is None else float(divisor),
+        merged.numpy(),
+    )
+    return torch.tensor(kept), torch.tensor(agreeing)
+
+
+def _elect_on_device(
+    basis: DrmBasis, threshold: Tensor, c: Tensor | None, divisor: Tensor | None, merged: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_elect_in_host_memory`, without waiting for the device."""
+    entries = pruned(basis.directions, threshold)  # (N, r, m)
+    kept = nonzeros(entries)
+    agreeing = merged.new_zeros(())
+    entries.mul_(basis.strengths.unsqueeze(2))
+    elect_overwriting(entries, c, divisor=divisor, out=merged, agreeing=agreeing)
+    return kept, agreeing

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modelweld.merging import kernels
+
 _SMALL = 1 << 17  # below this a plain partition is faster than bracketing
 _SAMPLE = 1 << 16  # at most
 _TIE = 1e-11  # relative distance within which magnitudes are equal: far above rounding, far below any real gap
-_BLOCK = 1 << 16  # elements a pass touches at once: stays in a core's cache
 
 
 def magnitude_threshold(values: Tensor, keep_share: float) -> Tensor:
@@ -88,24 +89,15 @@ def _bracketed(values: NDArray[np.floating], k: int, magnitudes: bool) -> float:
     sample = np.sort(np.abs(chosen) if magnitudes else chosen)
     share, drawn = k / size, sample.size
     margin = 4 * math.sqrt(share * (1 - share) / drawn) + 2 / drawn
-    scratch, marks = np.empty(_BLOCK, values.dtype), np.empty((2, _BLOCK), bool)
+    infinity = sample.dtype.type(np.inf)
+    inside = np.empty_like(values)  # of which only what is found is ever touched
     while True:
-        low = sample[int((share - margin) * drawn)] if share > margin else sample.dtype.type(-np.inf)
-        high = sample[int((share + margin) * drawn)] if share + margin < 1 else sample.dtype.type(np.inf)
-        below, between = 0, []
-        for start in range(0, size, _BLOCK):
-            block = values[start : start + _BLOCK]
-            if magnitudes:
-                block = np.abs(block, out=scratch[: block.size])
-            reaches, stays = marks[:, : block.size]
-            np.greater_equal(block, low, out=reaches)
-            below += block.size - int(np.count_nonzero(reaches))
-            reaches &= np.less_equal(block, high, out=stays)
-            between.append(block[reaches])
-        inside = np.concatenate(between)
+        low = sample[int((share - margin) * drawn)] if share > margin else -infinity
+        high = np.nextafter(sample[int((share + margin) * drawn)], infinity) if share + margin < 1 else infinity
+        below, found = kernels.bracket(values, low, high, magnitudes, inside)
         rank = k - below
-        if 1 <= rank <= inside.size:
-            return float(low if low == high else np.partition(inside, rank - 1)[rank - 1])
+        if 1 <= rank <= found:
+            return float(np.partition(inside[:found], rank - 1)[rank - 1])
         margin *= 8
 
 

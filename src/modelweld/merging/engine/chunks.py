@@ -19,10 +19,9 @@ from modelweld.config.methods import (
     TaskArithmetic,
     Ties,
 )
-from modelweld.merging import linear, model_stock, slerp
+from modelweld.merging import kernels, linear, model_stock, slerp
 from modelweld.merging.chance import stream_keys
 from modelweld.merging.dare import dropping
-from modelweld.merging.engine import kernels
 from modelweld.merging.engine.lane import Lane
 from modelweld.merging.engine.trimming import Survey
 from modelweld.merging.operands import Weights, coefficients

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modelweld.merging.engine import kernels
-from modelweld.merging.engine.kernels import Floats
+from modelweld.merging import kernels
+from modelweld.merging.kernels import Floats
 from modelweld.merging.registry import Note
 
 Passes = Callable[[], Iterator[tuple[Tensor, Tensor]]]

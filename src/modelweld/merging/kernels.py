@@ -1,4 +1,4 @@
-"""Element-wise methods over a chunk in host memory, in one pass of compiled loops over pieces that stay in a cache.
+"""What methods do to every entry in host memory, in one pass of compiled loops over pieces that stay in a cache.
 
 `stack` `(N, n)` are the experts' weights, `origin` `(n,)` the base's, or empty where no base is taken off. What happens
 to an entry, and in which order, is as in the methods' own modules, so the results are equal to theirs.
@@ -91,6 +91,53 @@ def elect(
                 nonzero += _count_nonzero(row)
         agreeing += _agreed(kept, shares, divisor, vote, signs[: stop - start], voices[: stop - start], total)
     return nonzero, agreeing
+
+
+@compiled
+def elect_rows(
+    directions: Floats, strengths: Floats, cut: Number, shares: Floats, divisor: Number, merged: Floats
+) -> tuple[int, int]:
+    """Into `merged` `(r, m)`: the elected mean of DRM's pruned rows `(N, r, m)`, each times its strength `(N, r)`.
+
+    An entry whose direction reaches `cut` stays. Returns how many do that are not 0, and how many of them agree with
+    the elected sign.
+    """
+    count, rows, length = directions.shape
+    kept = np.empty((count, _PIECE), merged.dtype)
+    signs, voices = np.empty(_PIECE, merged.dtype), np.empty(_PIECE, merged.dtype)
+    nonzero, agreeing = 0, 0
+    for row in range(rows):
+        for start in range(0, length, _PIECE):
+            stop = min(start + _PIECE, length)
+            total = merged[row, start:stop]
+            total[:] = 0
+            for index in range(count):
+                entries = kept[index, : stop - start]
+                _keep_scaled(directions[index, row, start:stop], cut, strengths[index, row], entries, total)
+                nonzero += _count_nonzero(entries)
+            agreeing += _agreed(
+                kept, shares, divisor, divisor * 0, signs[: stop - start], voices[: stop - start], total
+            )
+    return nonzero, agreeing
+
+
+@compiled
+def bracket(values: Floats, low: Number, high: Number, magnitudes: bool, inside: Floats) -> tuple[int, int]:
+    """How many values (or magnitudes) are below `low`, and how many are in [low, high): these go to `inside`."""
+    scratch, marks = np.empty(_PIECE, values.dtype), np.empty(_PIECE, np.uint8)
+    places = np.empty(_PIECE, np.int64)
+    below, found = 0, 0
+    for start in range(0, values.size, _PIECE):
+        stop = min(start + _PIECE, values.size)
+        sizes, marked = scratch[: stop - start], marks[: stop - start]
+        _take(values[start:stop], magnitudes, sizes)
+        marked[:] = 0
+        below += _count_less(sizes, low)
+        _mark_inside(sizes, low, high, marked)
+        for entry in places[: _place(marked, places)]:
+            inside[found] = sizes[entry]
+            found += 1
+    return below, found
 
 
 @compiled
@@ -209,6 +256,39 @@ def _keep_from(delta: Floats, cut: Number, kept: Floats, total: Floats) -> None:
         value = delta[entry] if abs(delta[entry]) >= cut else zero
         kept[entry] = value
         total[entry] += value
+
+
+@compiled
+def _keep_scaled(direction: Floats, cut: Number, strength: Number, kept: Floats, total: Floats) -> None:
+    zero = total.dtype.type(0)
+    for entry in range(total.size):
+        value = direction[entry] * strength if abs(direction[entry]) >= cut else zero
+        kept[entry] = value
+        total[entry] += value
+
+
+@compiled
+def _take(values: Floats, magnitudes: bool, sizes: Floats) -> None:
+    if magnitudes:
+        for entry in range(sizes.size):
+            sizes[entry] = abs(values[entry])
+    else:
+        for entry in range(sizes.size):
+            sizes[entry] = values[entry]
+
+
+@compiled
+def _count_less(values: Floats, low: Number) -> int:
+    count = 0
+    for entry in range(values.size):
+        count += values[entry] < low
+    return count
+
+
+@compiled
+def _mark_inside(values: Floats, low: Number, high: Number, marks: NDArray[np.uint8]) -> None:
+    for entry in range(values.size):
+        marks[entry] |= (values[entry] >= low) & (values[entry] < high)
 
 
 @compiled
