@@ -10,6 +10,7 @@ import yaml
 from test_engine import LLAMA_SHAPES, recipe, tree_bytes, write_family
 
 from modelweld.checkpoints import Checkpoint, file_sha256, tensor_digest
+from modelweld.checkpoints.digests import holds
 from modelweld.errors import CheckpointError
 from modelweld.lineage import manifest
 from modelweld.stages.merge import merge, merge_baselines, merge_pipeline
@@ -60,6 +61,18 @@ def test_verify_names_what_was_touched(tmp_path: Path) -> None:
         "extra.bin is not in the manifest",
         f"tensor {last} has other bytes than the manifest says",
     ]
+
+
+def test_a_shard_is_known_by_its_header_and_its_tensors(tmp_path: Path) -> None:
+    root = write_family(tmp_path)
+    merge(recipe(root, "average"), tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    entry = manifest.read(tmp_path / "out")["output"]["files"]["model.safetensors"]
+    assert holds(weights, entry)
+    data = weights.read_bytes()
+    for other in (data.replace(b'"format":"pt"', b'"format":"tf"'), data[:-1] + bytes([data[-1] ^ 1]), data[:-1]):
+        weights.write_bytes(other)
+        assert not holds(weights, entry)
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
 from modelweld.checkpoints.checkpoint import Checkpoint
+from modelweld.checkpoints.header import LENGTH_BYTES
 from modelweld.errors import CheckpointError
 
 BLOCK = 1 << 20
@@ -39,6 +42,31 @@ def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
         checkpoint.read_into(name, start, part)
         hasher.update(part)
     return hasher.hexdigest()
+
+
+def shard_digest(header: bytes, tensors: Iterable[str]) -> str:
+    """A safetensors file's identity, from its header's bytes and its tensors' digests in the order of their bytes.
+
+    It covers every byte, and whoever wrote the tensors knows it without reading the file.
+    """
+    hasher = blake3(header)
+    for digest in tensors:
+        hasher.update(bytes.fromhex(digest))
+    return hasher.hexdigest()
+
+
+def holds(file: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file has the bytes of its entry in a manifest: `tensors_blake3` of a shard, `blake3` of others."""
+    if "tensors_blake3" not in entry:
+        return file_blake3(file) == str(entry["blake3"])
+    try:
+        with Checkpoint.open(file) as shard, file.open("rb") as stream:
+            prefix = stream.read(LENGTH_BYTES)
+            header = prefix + stream.read(int.from_bytes(prefix, "little"))
+            found = shard_digest(header, (tensor_digest(shard, name) for name in shard.tensors))
+    except CheckpointError:
+        return False
+    return found == str(entry["tensors_blake3"])
 
 
 def content_digest(path: Path | str) -> str:

@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from modelweld.checkpoints import Checkpoint, file_sha256, tensor_digest
 from modelweld.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from modelweld.checkpoints.digests import file_blake3
+from modelweld.checkpoints.digests import file_blake3, holds, shard_digest
 from modelweld.checkpoints.loading import HEAD_WEIGHTS, HEADS
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe
@@ -77,7 +77,7 @@ def build(
             "torch_threads": 1,
         },
         "delta_survival": _survival(execution.finished),
-        "output": {"model_digest": model_digest(tensors, heads), "files": _files(tree, sha256=sha256)},
+        "output": {"model_digest": model_digest(tensors, heads), "files": _files(tree, plan, execution, sha256=sha256)},
     }
 
 
@@ -134,7 +134,7 @@ def verify(directory: Path) -> list[str]:
         file = directory / name
         if not file.is_file():
             wrong.append(f"{name} is missing")
-        elif file.stat().st_size != entry["size_bytes"] or file_blake3(file) != entry["blake3"]:
+        elif file.stat().st_size != entry["size_bytes"] or not holds(file, entry):
             wrong.append(f"{name} has other bytes than the manifest says")
     listed = {*document["output"]["files"], FILE, "README.md"}
     present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
@@ -217,12 +217,20 @@ def _survival(finished: Mapping[str, Finished]) -> dict[str, float] | None:
     return {"whole_model": 1 - (lost / total) ** 0.5, "worst_tensor": worst.survival or 0.0}
 
 
-def _files(tree: Path, *, sha256: bool) -> dict[str, dict[str, Any]]:
+def _files(tree: Path, plan: Plan, execution: Execution, *, sha256: bool) -> dict[str, dict[str, Any]]:
+    """Every file but this document and the model card. Of a shard of merged weights no byte is read again."""
+    shards = {shard.file: shard for shard in plan.layout.shards}
     listed: dict[str, dict[str, Any]] = {}
     for file in sorted(tree.rglob("*")):
         name = file.relative_to(tree).as_posix()
-        if file.is_file() and name not in (FILE, "README.md"):
-            listed[name] = {"size_bytes": file.stat().st_size, "blake3": file_blake3(file)}
-            if sha256:
-                listed[name]["sha256"] = file_sha256(file)
+        if not file.is_file() or name in (FILE, "README.md"):
+            continue
+        listed[name] = {"size_bytes": file.stat().st_size}
+        if name in shards:
+            digests = (execution.finished[slot.name].digest for slot in shards[name].slots)
+            listed[name]["tensors_blake3"] = shard_digest(shards[name].header, digests)
+        else:
+            listed[name]["blake3"] = file_blake3(file)
+        if sha256:
+            listed[name]["sha256"] = file_sha256(file)
     return listed

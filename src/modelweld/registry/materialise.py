@@ -60,11 +60,11 @@ def materialise(address: DvcAddress, cache: Path | None = None) -> Path:
 def verify(directory: Path, address: DvcAddress) -> None:
     """Raise CheckpointError unless `directory` is what was registered.
 
-    The version knows the SHA-256 of manifest.json, which knows the BLAKE3 of every other file. The model card is not
+    The version knows the SHA-256 of manifest.json, which knows the digest of every other file. The model card is not
     in it, since it is written from it; anything else beside them is refused.
     """
     # Here, because it brings torch along, which most of the registry does without.
-    from modelweld.checkpoints.digests import file_blake3, file_sha256
+    from modelweld.checkpoints.digests import file_sha256, holds
 
     manifest = directory / "manifest.json"
     found = file_sha256(manifest) if manifest.is_file() else "missing"
@@ -75,9 +75,9 @@ def verify(directory: Path, address: DvcAddress) -> None:
     if odd := sorted((present ^ listed.keys()) - UNLISTED):
         raise _differs(odd[0], directory, address)
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda name: file_blake3(directory / name), listed)
-        for name, digest in zip(listed, digests, strict=True):
-            if digest != listed[name]["blake3"]:
+        same = pool.map(lambda name: holds(directory / name, listed[name]), listed)
+        for name, holding in zip(listed, same, strict=True):
+            if not holding:
                 raise _differs(name, directory, address)
 
 
