@@ -165,8 +165,10 @@ def test_ctrl_c_at_a_stage(toy: Toy) -> None:
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=120) == 130
     (toy.root / "orders" / "merge.sleep").unlink()
-    answer(modelweld(toy.root, "run", "--json", "--frozen", "--no-register"))
+    shown = modelweld(toy.root, "run", "--frozen", "--no-register").stdout
     assert toy.ran()[0] == "merge"
+    home = toy.root / ".modelweld" / "prefect"
+    assert f"PREFECT_HOME={home} prefect server start" in shown, "the server of the run is gone, its history is there"
 
 
 def start(toy: Toy, stage: str) -> subprocess.Popen[bytes]:

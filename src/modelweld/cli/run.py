@@ -154,7 +154,9 @@ def _text(done: dict[str, Any], project: Project) -> Any:
 def _more(project: Project) -> list[str]:
     """Where a person would look next, as commands that can be pasted."""
     state = project.state_dir
-    server = "" if "PREFECT_API_URL" in os.environ else f"PREFECT_HOME={state / 'prefect'} "
+    # By now PREFECT_API_URL is set even where the server is this run's own: its home tells.
+    home = str(state / "prefect")
+    server = f"PREFECT_HOME={home} " if os.environ.get("PREFECT_HOME") == home else ""
     registry = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{project.root / 'mlflow.db'}")
     docs = state / "data-docs" / "index.html"
     return [
