@@ -61,6 +61,23 @@ def write_family(
     return root
 
 
+class Stop(Exception):
+    """What a Stopper raises."""
+
+
+class Stopper:
+    """A watcher that interrupts the merge once a tensor is finished."""
+
+    def __init__(self, tensor: str) -> None:
+        self._tensor = tensor
+
+    def begin(self, size_bytes: int, tensors: int) -> None: ...
+    def advance(self, size_bytes: int) -> None: ...
+    def finished(self, tensor: str) -> None:
+        if tensor == self._tensor:
+            raise Stop
+
+
 def recipe(root: Path, method: str, *, experts: int = 3, weights: list[float] | None = None, **rest: Any) -> Recipe:
     models = {f"e{i}": {"path": str(root / f"e{i}"), "weight": weights[i] if weights else 1.0} for i in range(experts)}
     base = rest.pop("base", str(root / "base"))
@@ -209,18 +226,8 @@ def test_a_journalled_tensor_with_other_bytes_is_done_again(tmp_path: Path) -> N
     root = write_family(tmp_path)
     merge(recipe(root, "average"), tmp_path / "undisturbed")
 
-    class Stop(Exception):
-        pass
-
-    class Stopper:
-        def begin(self, size_bytes: int, tensors: int) -> None: ...
-        def advance(self, size_bytes: int) -> None: ...
-        def finished(self, tensor: str) -> None:
-            if tensor == "model.norm.weight":
-                raise Stop
-
     with pytest.raises(Stop):
-        merge(recipe(root, "average"), tmp_path / "out", threads=1, watcher=Stopper())
+        merge(recipe(root, "average"), tmp_path / "out", threads=1, watcher=Stopper("model.norm.weight"))
     (journal,) = (tmp_path / ".modelweld-staging").glob("*/journal")
     lines = journal.read_bytes()
     recorded = [json.loads(line)["tensor"] for line in lines.splitlines()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import LLAMA_SHAPES, deltas, recipe, write_family
+from test_engine import LLAMA_SHAPES, Stop, Stopper, deltas, recipe, write_family
 
 from modelweld.lineage import manifest
 from modelweld.merging import drm
@@ -97,18 +97,8 @@ def test_methods_that_neither_prune_nor_rotate_say_nothing(tmp_path: Path) -> No
 def test_what_was_recorded_before_an_interruption_is_recorded_after_it(tmp_path: Path) -> None:
     root = write_family(tmp_path)
 
-    class Stop(Exception):
-        pass
-
-    class Stopper:
-        def begin(self, size_bytes: int, tensors: int) -> None: ...
-        def advance(self, size_bytes: int) -> None: ...
-        def finished(self, tensor: str) -> None:
-            if tensor == MATRIX:
-                raise Stop
-
     with pytest.raises(Stop):
-        merge(recipe(root, "drm"), tmp_path / "out", threads=1, watcher=Stopper())
+        merge(recipe(root, "drm"), tmp_path / "out", threads=1, watcher=Stopper(MATRIX))
     assert merge(recipe(root, "drm"), tmp_path / "out").resumed > 0
     assert of(tmp_path / "out").keys() == KEYS
 

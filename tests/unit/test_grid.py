@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import LLAMA_SHAPES, recipe, tree_bytes, write_family
+from test_engine import LLAMA_SHAPES, Stop, Stopper, recipe, tree_bytes, write_family
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.errors import ConfigError
@@ -72,19 +72,11 @@ def test_a_weight_is_read_and_factorised_once(tmp_path: Path, monkeypatch: pytes
 def test_an_interrupted_grid_goes_on(tmp_path: Path) -> None:
     root = write_family(tmp_path)
 
-    class Stop(Exception):
-        pass
-
-    class Stopper:
-        def begin(self, size_bytes: int, tensors: int) -> None: ...
-        def advance(self, size_bytes: int) -> None: ...
-        def finished(self, tensor: str) -> None:
-            if tensor == "model.layers.1.mlp.down_proj.weight":
-                raise Stop
-
     grid = {"drop_rate": [0.5, 0.8]}
     with pytest.raises(Stop):
-        merge_grid(recipe(root, "drm"), grid, root / "grid", threads=1, watcher=Stopper())
+        merge_grid(
+            recipe(root, "drm"), grid, root / "grid", threads=1, watcher=Stopper("model.layers.1.mlp.down_proj.weight")
+        )
     assert not [path for path in (root / "grid").iterdir() if not path.name.startswith(".")]
     reports = merge_grid(recipe(root, "drm"), grid, root / "grid")
     assert all(report.resumed > 0 for report in reports.values())
