@@ -52,7 +52,7 @@ def _wait(server: subprocess.Popen[str], url: str, log: Path, timeout_s: float) 
             raise ExternalError(
                 f"Prefect's temporary server did not start: {said}",
                 where=str(log),
-                mend="run again, or name a standing server in PREFECT_API_URL",
+                hint="run again, or name a standing server in PREFECT_API_URL",
             )
         time.sleep(PAUSE_S)
 

@@ -53,7 +53,7 @@ def pin(tree: Worktree, *, frozen: bool) -> list[Change]:
     previous = read_lock(ours) or read_lock(theirs)
     if frozen:
         if previous is None:
-            raise WorkspaceError("no sources.lock.json to keep to", where=str(ours), mend="`modelweld pin` writes it")
+            raise WorkspaceError("no sources.lock.json to keep to", where=str(ours), hint="`modelweld pin` writes it")
         if ours.exists():
             theirs.write_bytes(ours.read_bytes())
         say("sources: taken as they were pinned")
@@ -136,7 +136,7 @@ def push(project: Project, made: Record) -> None:
         project.push(made)
     except ExternalError as error:
         kept = f"the merge is kept as {made.tag}; finish it with `modelweld register {made.tag}`"
-        raise type(error)(error.what, where=error.where, mend=f"{error.mend or 'see the remote'}; {kept}") from error
+        raise type(error)(error.what, where=error.where, hint=f"{error.hint or 'see the remote'}; {kept}") from error
     project.mark_done(made, "push")
     say("push: everything is in the DVC remote")
 
@@ -150,7 +150,7 @@ def register(project: Project, made: Record) -> Outcome | None:
         found = register_record(project.root, made.tag, at=datetime.now(UTC), actor=who(project.root))
     except ExternalError as error:
         kept = f"the merge is kept as {made.tag}; finish it with `modelweld register {made.tag}`"
-        raise type(error)(error.what, where=error.where, mend=f"{error.mend or 'start MLflow'}; {kept}") from error
+        raise type(error)(error.what, where=error.where, hint=f"{error.hint or 'start MLflow'}; {kept}") from error
     project.mark_done(made, "register")
     return found
 
@@ -165,7 +165,7 @@ def register_and_gate(project: Project, made: Record) -> Outcome | None:
         raise GateRefused(
             f"registered without an alias: {found.decision.explain()}",
             where=found.registered.uri,
-            mend="see `register:` in params.yaml, or promote it with --override REASON",
+            hint="see `register:` in params.yaml, or promote it with --override REASON",
         )
     return found
 

@@ -50,7 +50,7 @@ codes = order.read_text().split() if order.exists() else []
 if codes:
     order.write_text(" ".join(codes[1:]))
     if codes[0] != "0":
-        print(f"error: models/a: {name} was told to fail\\n  mend: take the order away", file=sys.stderr)
+        print(f"error: models/a: {name} was told to fail\\n  hint: take the order away", file=sys.stderr)
         if int(codes[0]) < 0:
             os.kill(os.getpid(), -int(codes[0]))
         sys.exit(int(codes[0]))

@@ -287,7 +287,7 @@ def _refuse_weak(task: str, validation: dict[str, dict[str, float]]) -> None:
     if expert <= probe:
         raise WeakExpert(
             f"{task}: accuracy {expert:.3f} on validation does not beat the probe on the frozen base, {probe:.3f}\n"
-            f"  mend: raise experts.{task}.steps or .learning_rate in examples/minilm/settings.yaml"
+            f"  hint: raise experts.{task}.steps or .learning_rate in examples/minilm/settings.yaml"
         )
 
 

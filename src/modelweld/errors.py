@@ -1,7 +1,7 @@
 """Every error modelweld raises on purpose.
 
 * ModelweldError
-  + InputError                 exit 2: the caller can mend it
+  + InputError                 exit 2: the caller can fix it
     - ConfigError              params.yaml or a recipe does not say what it must
     - SourceError              a source is missing, malformed or not what was pinned
     - CheckpointError          weights on disk are corrupt, unsafe or do not fit together
@@ -14,7 +14,7 @@
     - RemoteUnavailable        the DVC remote could not be read or written
     - DiskFull                 no space left where the output goes
 
-Each says what went wrong, where (model, tensor, file or key) and how to mend it.
+Each says what went wrong, where (model, tensor, file or key) and how to fix it.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ __all__ = [
 
 
 class ModelweldError(Exception):
-    """The root: `what` happened, `where` it happened, `mend` says what to do about it."""
+    """The root: `what` happened, `where` it happened, `hint` says what to do about it."""
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n  mend: {self.mend}" if self.mend else text
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect and multiprocessing pickle exceptions; keyword-only arguments do not survive the default.
-        return _rebuild, (type(self), self.what, self.where, self.mend)
+        return _rebuild, (type(self), self.what, self.where, self.hint)
 
 
-def _rebuild(kind: type[ModelweldError], what: str, where: str | None, mend: str | None) -> ModelweldError:
-    return kind(what, where=where, mend=mend)
+def _rebuild(kind: type[ModelweldError], what: str, where: str | None, hint: str | None) -> ModelweldError:
+    return kind(what, where=where, hint=hint)
 
 
 class InputError(ModelweldError):
-    """The caller can mend it."""
+    """The caller can fix it."""
 
 
 class ConfigError(InputError):

@@ -46,5 +46,5 @@ def test_experts_that_are_stored_one_by_one_are_refused_with_what_helps(tmp_path
     recipe = stored("mixtral", tmp_path)
     with pytest.raises(MergeError, match=r"experts\.0\.w1\.weight.*no tensor of its architecture by itself") as caught:
         merge(recipe, tmp_path / "merged", "cpu", root=tmp_path, staging=tmp_path / "staging")
-    assert "save_original_format=False" in str(caught.value.mend)
+    assert "save_original_format=False" in str(caught.value.hint)
     assert not (tmp_path / "merged").exists()

@@ -211,7 +211,7 @@ def test_what_cannot_be_looked_at_is_named(wide_family: Family, tmp_path: Path) 
     params.write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=r"animal \(pytorch_model.bin is pickled\)") as caught:
         plan(params, tmp_path / "merged")
-    assert caught.value.mend == "`modelweld pin`, then `dvc repro fetch@model-animal`"
+    assert caught.value.hint == "`modelweld pin`, then `dvc repro fetch@model-animal`"
     for uri, kind in (("nowhere", SourceError), ("http://127.0.0.1:9/x/", SourceUnavailable)):
         document["models"]["animal"] = {"uri": uri}
         params.write_text(json.dumps(document))

@@ -209,17 +209,17 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said", "mend"),
+    ("make", "said", "hint"),
     [
         (lambda root: None, "not in a git repository", "git init"),
         (lambda root: git(root, "init", "--quiet"), "DVC is not initialised", "modelweld init"),
         (lambda root: modelweld(root, "init"), "no commit yet", "git commit"),
     ],
 )
-def test_what_is_no_project(tmp_path: Path, make: Callable[[Path], object], said: str, mend: str) -> None:
+def test_what_is_no_project(tmp_path: Path, make: Callable[[Path], object], said: str, hint: str) -> None:
     make(tmp_path)
     done = modelweld(tmp_path, "run", code=2)
     assert said in done.stderr
-    assert mend in done.stderr
+    assert hint in done.stderr
     assert "Traceback" not in done.stderr
     assert not os.path.exists(tmp_path / ".modelweld" / "prefect")

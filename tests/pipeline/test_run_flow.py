@@ -210,8 +210,8 @@ def test_a_remote_out_of_reach_keeps_the_merge_and_the_next_run_pushes_it(again:
         run(again)
     project = Project.find(again.root)
     newest = project.records()[0]
-    assert error.value.mend
-    assert f"modelweld register {newest.tag}" in error.value.mend
+    assert error.value.hint
+    assert f"modelweld register {newest.tag}" in error.value.hint
     assert project.missing_steps(newest) == ("push",)
     again.ran()
     again.remote.unlink()

@@ -267,7 +267,7 @@ def test_the_token_comes_from_the_environment_and_from_nowhere_else(
     filled.token = "hf_fromenvironment"
     with pytest.raises(SourceError, match="no model org/base") as caught:
         resolve(params(), tmp_path)
-    assert "HF_TOKEN" in str(caught.value.mend)
+    assert "HF_TOKEN" in str(caught.value.hint)
     monkeypatch.setenv("HF_TOKEN", "hf_fromenvironment")
     assert resolve(params(), tmp_path) == lock
     fetch(lock.pinned["model-base"], tmp_path / "models/base", tmp_path)
@@ -306,7 +306,7 @@ def test_nobody_answers(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SourceUnavailable) as caught:
         resolve(params(), tmp_path)
     assert caught.value.exit_code == 3
-    assert "HF_ENDPOINT" in str(caught.value.mend)
+    assert "HF_ENDPOINT" in str(caught.value.hint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceUnavailable, match="switched off"):
         resolve(params(), tmp_path)

@@ -126,7 +126,7 @@ def test_the_transformers_flavour_is_read_as_its_hugging_face_directory(database
 def test_without_a_registry_it_says_which_variable_to_set(database: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no MLflow here") as caught:
         resolve(params("models:/demo@champion"), tmp_path)
-    assert "MLFLOW_TRACKING_URI" in str(caught.value.mend)
+    assert "MLFLOW_TRACKING_URI" in str(caught.value.hint)
     assert not (tmp_path / "mlflow.db").exists()
     with pytest.raises(SourceError, match="names no version"):
         resolve(params("models:/demo"), tmp_path)

@@ -157,7 +157,7 @@ def test_no_credentials(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     with pytest.raises(SourceError) as caught:
         resolve(BUCKET, tmp_path)
-    assert "AWS_ACCESS_KEY_ID" in str(caught.value.mend)
+    assert "AWS_ACCESS_KEY_ID" in str(caught.value.hint)
 
 
 def test_a_dead_endpoint(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

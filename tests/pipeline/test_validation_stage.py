@@ -403,7 +403,7 @@ def test_a_spoiled_model_is_refused_by_name(
     for rule in expected:
         result = project.result(subject, rule)
         assert f"models/{spoil.__name__}{where}" in result["where"]
-        assert result["mend"]
+        assert result["hint"]
 
 
 @pytest.mark.parametrize(("spoil", "rule", "told"), DATA, ids=[case[0].__name__ for case in DATA])
@@ -415,7 +415,7 @@ def test_spoiled_data_is_refused_by_name(
     subject = f"dataset:{name}" if unread else f"task:{name}"
     assert {failed for failed in project.failed() if failed[0].endswith(f":{name}")} == {(subject, rule)}
     result = project.result(subject, rule)
-    assert result["mend"]
+    assert result["hint"]
     if unread:
         assert told in result["observed"]
         assert result["where"] == f"datasets/{name}"
@@ -439,7 +439,7 @@ def test_what_was_sound_among_the_spoiled_is_not_blamed(museum: tuple[Project, G
 def test_strangers_are_refused_without_a_lock_too(museum: tuple[Project, GateRefused]) -> None:
     found = museum[0].result("dataset:stray.parquet", "source_is_pinned")
     assert (found["success"], found["where"]) == (False, "datasets/stray.parquet")
-    assert "rm -r models/left-over" in museum[0].result("model:left-over", "source_is_pinned")["mend"]
+    assert "rm -r models/left-over" in museum[0].result("model:left-over", "source_is_pinned")["hint"]
 
 
 def test_a_spoiled_base_is_refused_by_name(project: Project) -> None:
@@ -475,7 +475,7 @@ def test_a_changed_byte_a_stray_shard_and_a_foreign_folder_are_seen_against_the_
     }
     assert "other bytes" in project.result("model:colour", "files_are_as_pinned")["observed"]
     assert "was not pinned" in project.result("model:animal", "files_are_as_pinned")["observed"]
-    assert "rm -r models/left-over" in project.result("model:left-over", "source_is_pinned")["mend"]
+    assert "rm -r models/left-over" in project.result("model:left-over", "source_is_pinned")["hint"]
 
 
 def test_a_source_that_was_never_pinned_is_refused(project: Project) -> None:
@@ -520,12 +520,12 @@ expectations:
   - id: norms_are_small
     type: expect_column_values_to_be_between
     kwargs: {column: norm, max_value: 0.000001}
-    mend: "shrink {name}"
+    hint: "shrink {name}"
 """)
     with pytest.raises(GateRefused):
         project.validate()
     assert ("model:colour", "norms_are_small") in project.failed()
-    assert project.result("model:colour", "norms_are_small")["mend"] == "shrink colour"
+    assert project.result("model:colour", "norms_are_small")["hint"] == "shrink colour"
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_a_check_that_cannot_be_made_is_an_error_not_a_verdict(
     project: Project, kind: str, kwargs: str, told: str
 ) -> None:
     (project.root / "expectations").mkdir()
-    text = f"table: tensors\nexpectations:\n  - {{id: odd, type: {kind}, kwargs: {kwargs}, mend: none}}\n"
+    text = f"table: tensors\nexpectations:\n  - {{id: odd, type: {kind}, kwargs: {kwargs}, hint: none}}\n"
     (project.root / "expectations/tensors.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told) as error:
         project.validate()

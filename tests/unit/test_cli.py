@@ -30,7 +30,7 @@ def test_an_error_names_what_where_and_how_to_mend_it(capsys: pytest.CaptureFixt
     assert leave_code("merge", "/nowhere/recipe.yaml", f"{tmp_path}/out") == 2
     text = capsys.readouterr().err
     assert "/nowhere/recipe.yaml" in text
-    assert "mend:" in text
+    assert "hint:" in text
     assert "Traceback" not in text
 
 
@@ -49,5 +49,5 @@ def test_each_branch_of_the_tree_has_its_exit_code(kind: type[ModelweldError], c
 def test_errors_survive_pickling() -> None:
     import pickle
 
-    error = pickle.loads(pickle.dumps(DiskFull("no space", where="merged/", mend="free 3 GB")))  # noqa: S301
-    assert (type(error), error.where, error.mend) == (DiskFull, "merged/", "free 3 GB")
+    error = pickle.loads(pickle.dumps(DiskFull("no space", where="merged/", hint="free 3 GB")))  # noqa: S301
+    assert (type(error), error.where, error.hint) == (DiskFull, "merged/", "free 3 GB")

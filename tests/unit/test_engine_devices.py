@@ -115,8 +115,8 @@ def test_a_device_without_any_room_is_an_error_that_says_so() -> None:
         combine = on_device(TaskArithmetic(), [1.0, 1.0], context, Lane(CPU))
     with pytest.raises(ExternalError, match=f"out of memory with {LEAST} elements at once") as caught:
         combine(torch.ones(2, 5 * LEAST), torch.ones(5 * LEAST), 0)
-    assert caught.value.mend is not None
-    assert "--device cpu" in caught.value.mend
+    assert caught.value.hint is not None
+    assert "--device cpu" in caught.value.hint
 
 
 def test_a_matrix_that_does_not_fit_is_merged_on_the_cpu_and_the_report_says_so(

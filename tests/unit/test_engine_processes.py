@@ -79,7 +79,7 @@ def test_the_error_of_a_process_arrives_whole(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         merge(recipe(root, "drm"), tmp_path / "out", "cpu,cpu")
     assert str(caught.value) == str(alone.value)
-    assert caught.value.mend is not None
+    assert caught.value.hint is not None
     assert "require_finite" in str(caught.value.__cause__), "--debug shows where in the other process it came from"
     assert not (tmp_path / "out").exists()
     assert not helpers_of(os.getpid())

@@ -187,7 +187,7 @@ def test_an_expert_with_a_resized_vocabulary_is_refused_with_both_sizes(tmp_path
     grown.save_pretrained(tmp_path / "e1")
     with pytest.raises(CheckpointError, match=rf"e1 has a vocabulary of 43, the base one of 40 \(.*{table}") as caught:
         merge(recipe(tmp_path, "ties", experts=2), tmp_path / "out")
-    assert "tokenizer" in str(caught.value.mend)
+    assert "tokenizer" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
 
 

@@ -31,4 +31,4 @@ def test_a_merge_kept_as_an_adapter_is_refused_before_mlflow_is_asked(tmp_path: 
     with pytest.raises(InputError, match="kept as an adapter") as caught:
         register(registration, "http://127.0.0.1:9")
     assert caught.value.where == "merge-run/tiny/1"
-    assert "adapter: fold" in str(caught.value.mend)
+    assert "adapter: fold" in str(caught.value.hint)

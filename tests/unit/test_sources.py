@@ -267,7 +267,7 @@ def test_a_missing_path_says_where_paths_start(project: Path) -> None:
     with pytest.raises(SourceError, match="no such file or directory") as caught:
         resolve(params(base="up/nothing"), project)
     assert caught.value.where == "models.base.uri"
-    assert "project's root" in str(caught.value.mend)
+    assert "project's root" in str(caught.value.hint)
 
 
 def test_no_weights_and_no_data_are_said(project: Path) -> None:
@@ -283,7 +283,7 @@ def test_pickled_weights_are_refused(project: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(SourceError, match=r"pickled \(pytorch_model.bin\)") as caught:
         resolve(params(), project)
-    assert "allow_pickle" in str(caught.value.mend)
+    assert "allow_pickle" in str(caught.value.hint)
 
 
 def test_pickled_weights_are_rewritten_when_allowed(project: Path) -> None:
@@ -347,7 +347,7 @@ def test_the_stage_reads_the_lock_of_its_own_root(
 def test_the_stage_without_a_lock_says_pin(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         stage("model-base", tmp_path)
-    assert "modelweld pin" in str(caught.value.mend)
+    assert "modelweld pin" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2, "pinned": {}}', '{"version": 1}'])

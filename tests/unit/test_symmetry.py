@@ -263,7 +263,7 @@ def test_a_model_that_cannot_be_exported_is_refused_by_name_and_operation() -> N
         MergeError, match=r"Branching: cannot be exported.*`return self\.one\(x\) if float\(x\.sum"
     ) as error:
         derive_spec(Branching(), (torch.randn(2, 4),))
-    assert "align: {spec: FILE}" in str(error.value.mend)
+    assert "align: {spec: FILE}" in str(error.value.hint)
 
 
 def test_a_config_that_its_own_class_refuses_is_refused() -> None:

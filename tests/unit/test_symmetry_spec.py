@@ -72,4 +72,4 @@ def test_what_is_no_spec_file_is_refused(text: str | None, expected: str, tmp_pa
         file.write_text(text)
     with pytest.raises(MergeError, match=rf"spec\.json.*{expected}") as error:
         given(file)
-    assert "--spec" in str(error.value.mend)
+    assert "--spec" in str(error.value.hint)

@@ -15,7 +15,7 @@ from modelweld.errors import GateRefused
 from modelweld.validation.gate import Gate, Result, stable
 
 GOOD = Result("model:a", "fine", critical=True, success=True, observed=1)
-WARNED = Result("model:a", "odd", critical=False, success=False, observed=2, where="models/a", mend="look")
+WARNED = Result("model:a", "odd", critical=False, success=False, observed=2, where="models/a", hint="look")
 BAD = Result("task:t", "clean", True, False, {"rows": 3, "examples": ["[red]"]}, "datasets/t: row 1", "drop them")
 
 
@@ -30,7 +30,7 @@ def test_the_file_does_not_depend_on_the_order_of_the_checks(tmp_path: Path) -> 
     text = (tmp_path / "one/gate.json").read_bytes()
     assert text == (tmp_path / "two/gate.json").read_bytes()
     document = json.loads(text)
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert [(item["subject"], item["expectation"]) for item in document["results"]] == [
         ("model:a", "fine"),
         ("model:a", "odd"),
@@ -60,7 +60,7 @@ def test_the_refusal_shows_what_failed_where_and_how_to_mend_it() -> None:
 
 
 def test_a_long_refusal_is_cut_and_says_so() -> None:
-    many = [Result(f"model:m{number}", "fine", True, False, 0, "there", "mend") for number in range(40)]
+    many = [Result(f"model:m{number}", "fine", True, False, 0, "there", "hint") for number in range(40)]
     with pytest.raises(GateRefused, match="and 15 more in the gate file"):
         Gate.of(many).refuse(Path("gate.json"))
 

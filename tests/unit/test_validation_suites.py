@@ -18,7 +18,7 @@ def write(project: Path, name: str, text: str) -> Path:
     return project
 
 
-OWN = "{id: brief, type: expect_column_value_lengths_to_be_between, kwargs: {column: text, max_value: 9}, mend: cut}"
+OWN = "{id: brief, type: expect_column_value_lengths_to_be_between, kwargs: {column: text, max_value: 9}, hint: cut}"
 
 
 def test_shipped_suites_cover_every_table(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ extends: default
 without: [labels_agree]
 expectations:
   - {OWN}
-  - {{id: enough_rows, type: expect_table_row_count_to_be_between, kwargs: {{min_value: 3}}, mend: add rows}}
+  - {{id: enough_rows, type: expect_table_row_count_to_be_between, kwargs: {{min_value: 3}}, hint: add rows}}
 """
     shipped = {item.id for item in load_suite("evaluation", tmp_path)}
     changed = {item.id: item for item in load_suite("evaluation", write(tmp_path, "evaluation.yaml", text))}
@@ -67,7 +67,7 @@ def test_an_aligning_method_lifts_the_finetune_expectation_to_a_warning(tmp_path
         ("tensors.yaml", "table: tensors\nexpectation: []", "expectation: Extra inputs"),
         ("tensors.yaml", "table: tensors\nextends: default\nwithout: [nothing]", "no expectation 'nothing'"),
         ("evaluation.yaml", f"table: evaluation\nexpectations: [{OWN}, {OWN}]", "share the id 'brief'"),
-        ("tensors.yaml", "table: tensors\nexpectations: [{id: a, type: b, mend: 'see {here}'}]", "cannot be filled in"),
+        ("tensors.yaml", "table: tensors\nexpectations: [{id: a, type: b, hint: 'see {here}'}]", "cannot be filled in"),
         ("tensors.yaml", "- a list", "Input should be"),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_mistake_in_a_suite_file_is_told(tmp_path: Path, name: str, text: str,
     with pytest.raises(ConfigError, match=told) as error:
         load_suites(write(tmp_path, name, text))
     assert name in str(error.value.where)
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_this_projects_own_suites_load() -> None:

@@ -32,8 +32,8 @@ def test_find_from_a_folder_inside(toy: Toy) -> None:
 def test_not_a_git_repository(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="not in a git repository") as error:
         Project.find(tmp_path)
-    assert error.value.mend
-    assert "git init" in error.value.mend
+    assert error.value.hint
+    assert "git init" in error.value.hint
     assert error.value.exit_code == 2
 
 
@@ -41,8 +41,8 @@ def test_dvc_not_initialised(tmp_path: Path) -> None:
     run(tmp_path, "git", "init", "--quiet")
     with pytest.raises(WorkspaceError, match="DVC is not initialised") as error:
         Project.find(tmp_path)
-    assert error.value.mend
-    assert "dvc init" in error.value.mend
+    assert error.value.hint
+    assert "dvc init" in error.value.hint
 
 
 def test_no_commit_yet(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_a_dirty_tree_is_refused_and_can_be_allowed(toy: Toy) -> None:
     (toy.root / "dvc.lock").write_text("a machine wrote this")
     with pytest.raises(WorkspaceError, match=r"committed: params\.yaml, toy_stage\.py") as error, project.worktree():
         pass
-    assert error.value.mend
-    assert "--allow-dirty" in error.value.mend
+    assert error.value.hint
+    assert "--allow-dirty" in error.value.hint
     with project.worktree(allow_dirty=True) as tree:
         assert tree.dirty
         assert "min_rows: 7" in (tree.path / "params.yaml").read_text()

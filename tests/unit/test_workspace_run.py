@@ -123,7 +123,7 @@ def test_a_graph_whose_groups_wait_for_one_another_is_refused(toy: Toy, project:
 def test_a_broken_dvc_yaml_is_told_in_dvcs_words(toy: Toy, project: Project) -> None:
     with pytest.raises(WorkspaceError, match=r"sources\.lock\.json") as error, project.worktree() as tree:
         tree.groups()
-    assert error.value.mend == "`modelweld pin` writes it"
+    assert error.value.hint == "`modelweld pin` writes it"
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_a_stages_own_exit_code_and_words_reach_the_user(
     assert error.value.where == "stage fetch@model-a"
     assert "models/a: fetch@model-a was told to fail" in error.value.what
     if exit_code != 3:
-        assert error.value.mend == "take the order away"
+        assert error.value.hint == "take the order away"
 
 
 def test_a_crash_is_not_a_gate_that_said_no(toy: Toy, project: Project) -> None:
@@ -238,7 +238,7 @@ def test_a_file_that_was_not_committed(toy: Toy, project: Project) -> None:
         fetch(toy, tree)
         with pytest.raises(WorkspaceError, match=r"dvc\.yaml needs expectations") as error:
             tree.repro("validate")
-    assert error.value.mend == "git add expectations && git commit"
+    assert error.value.hint == "git add expectations && git commit"
 
 
 def test_a_command_that_is_not_there(toy: Toy, project: Project) -> None:
@@ -264,8 +264,8 @@ def test_a_stage_that_takes_too_long_is_ended(toy: Toy, tree: Worktree) -> None:
     started = time.monotonic()
     with pytest.raises(ExternalError, match="not done after 2 s") as error:
         tree.repro("fetch", timeout_s=2)
-    assert error.value.mend
-    assert "--stage-timeout" in error.value.mend
+    assert error.value.hint
+    assert "--stage-timeout" in error.value.hint
     assert time.monotonic() - started < 30
 
 
@@ -330,8 +330,8 @@ def test_push_and_materialise_from_the_remote_alone(finished: Toy, tmp_path: Pat
         materialise(project, record.tag, "merged", out)
     with pytest.raises(WorkspaceError, match="names no output 'weights'") as error:
         materialise(project, record.tag, "weights", tmp_path / "x")
-    assert error.value.mend
-    assert "merged" in error.value.mend
+    assert error.value.hint
+    assert "merged" in error.value.hint
     with pytest.raises(WorkspaceError, match="no file 'none'"):
         materialise(project, record.tag, "merged/none", tmp_path / "x")
 
@@ -367,8 +367,8 @@ def test_no_remote_is_bad_input(toy: Toy, project: Project) -> None:
         take_pins(toy, tree)
         with pytest.raises(WorkspaceError, match="no remote") as error:
             tree.push()
-    assert error.value.mend
-    assert "dvc remote add" in error.value.mend
+    assert error.value.hint
+    assert "dvc remote add" in error.value.hint
 
 
 def test_unfinished_records_are_remembered_until_done(toy: Toy, project: Project) -> None:

@@ -129,7 +129,7 @@ class Adapter:
         _refuse_variants(config, label, path / CONFIG)
         if not (path / WEIGHTS).is_file():
             raise CheckpointError(
-                f"{label} is an adapter without {WEIGHTS}", where=str(path), mend="save it with safe_serialization=True"
+                f"{label} is an adapter without {WEIGHTS}", where=str(path), hint="save it with safe_serialization=True"
             )
         with Checkpoint.open(path / WEIGHTS) as own:
             reading = _Reading(own, base, label, config)
@@ -157,7 +157,7 @@ class Adapter:
             raise CheckpointError(
                 f"the adapter's head ({next(iter(head), 'none')}) could be of several architectures",
                 where=str(self.checkpoint.path),
-                mend="put the config.json of the model that was finetuned beside the adapter",
+                hint="put the config.json of the model that was finetuned beside the adapter",
             )
         return found
 
@@ -370,27 +370,27 @@ class _Reading:
                 ) from error
         return default
 
-    def _bad(self, what: str, stored: str, mend: str = "save the adapter again with PEFT") -> CheckpointError:
-        return CheckpointError(f"{self.label} {what}", where=self.own.place(stored), mend=mend)
+    def _bad(self, what: str, stored: str, hint: str = "save the adapter again with PEFT") -> CheckpointError:
+        return CheckpointError(f"{self.label} {what}", where=self.own.place(stored), hint=hint)
 
 
 def _refuse_variants(config: Mapping[str, Any], label: str, file: Path) -> None:
     kind = str(config.get("peft_type"))
-    mend = "fold it into its base with PEFT's merge_and_unload() and merge the folded model"
+    hint = "fold it into its base with PEFT's merge_and_unload() and merge the folded model"
     if kind != "LORA":
-        raise CheckpointError(f"{label} is a {kind} adapter; only LORA is merged", where=str(file), mend=mend)
+        raise CheckpointError(f"{label} is a {kind} adapter; only LORA is merged", where=str(file), hint=hint)
     unlike = [key for key in _VARIANTS if config.get(key)]
     unlike += sorted(key for key in config.keys() - _KNOWN - set(_VARIANTS) if config[key])
     if unlike:
         raise CheckpointError(
-            f"{label} uses {', '.join(unlike)}, which is not a plain LoRA delta", where=str(file), mend=mend
+            f"{label} uses {', '.join(unlike)}, which is not a plain LoRA delta", where=str(file), hint=hint
         )
     initialisation = config.get("init_lora_weights", True)
     if initialisation not in _INITIALISATIONS:
         raise CheckpointError(
             f"{label} was initialised by {initialisation!r}, which changes the base that its delta belongs to",
             where=str(file),
-            mend="convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+            hint="convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
@@ -401,5 +401,5 @@ def _refuse_variants(config: Mapping[str, Any], label: str, file: Path) -> None:
     for key, value in numbers.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise CheckpointError(
-                f"{label} has {key}: {value!r}, which is no number", where=str(file), mend="save the adapter again"
+                f"{label} has {key}: {value!r}, which is no number", where=str(file), hint="save the adapter again"
             )

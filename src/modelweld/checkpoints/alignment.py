@@ -153,7 +153,7 @@ def _why_absent(reference: Checkpoint, model: Checkpoint, name: str, label: str)
     raise CheckpointError(
         f"{label} lacks tensor {name!r}, which the base has",
         where=str(model.path),
-        mend="only models finetuned from this very base can be merged into it",
+        hint="only models finetuned from this very base can be merged into it",
     )
 
 
@@ -166,7 +166,7 @@ def _why_ignored(model: Checkpoint, stored: str, label: str, used: set[str]) -> 
     raise CheckpointError(
         f"{label} has tensor {stored!r}, which the base has not",
         where=str(model.path),
-        mend="only models finetuned from this very base can be merged into it",
+        hint="only models finetuned from this very base can be merged into it",
     )
 
 
@@ -180,12 +180,12 @@ def _same_shape(reference: Checkpoint, model: Checkpoint, name: str, stored: str
         raise CheckpointError(
             f"{label} has a vocabulary of {here[0]}, the base one of {there[0]} ({name})",
             where=model.place(stored),
-            mend="resize the vocabulary back to the base's, or use a base with the same tokenizer",
+            hint="resize the vocabulary back to the base's, or use a base with the same tokenizer",
         )
     raise CheckpointError(
         f"{label} has shape {list(here)}, the base {list(there)} ({name})",
         where=model.place(stored),
-        mend="only models of one architecture can be merged",
+        hint="only models of one architecture can be merged",
     )
 
 

@@ -46,7 +46,7 @@ class Checkpoint:
         """
         path = Path(path)
         if not path.exists():
-            raise CheckpointError("no such model directory", where=str(path), mend="check the path in the recipe")
+            raise CheckpointError("no such model directory", where=str(path), hint="check the path in the recipe")
         files = _weight_files(path, allow_pickle=allow_pickle)
         if any(file.suffix == ".bin" for file in files):
             return cls._of_pickles(path, files)
@@ -162,7 +162,7 @@ class Checkpoint:
                 descriptors[file] = _opened(absolute)
                 if _stamp(descriptors[file]) != stamp:
                     raise CheckpointError(
-                        "has changed since the merge began", where=str(absolute), mend="run the same command again"
+                        "has changed since the merge began", where=str(absolute), hint="run the same command again"
                     )
         except BaseException:
             self.close()
@@ -214,7 +214,7 @@ def _read_headers(path: Path, files: list[Path], descriptors: dict[Path, int]) -
         for name, info in read_header(descriptors[file], file).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"tensor {name!r} is also in {tensors[name].file.name}", where=str(file), mend="remove stale shards"
+                    f"tensor {name!r} is also in {tensors[name].file.name}", where=str(file), hint="remove stale shards"
                 )
             tensors[name] = info
     index = path / INDEX
@@ -235,7 +235,7 @@ def _agree(index: Path, tensors: dict[str, TensorInfo]) -> None:
         raise CheckpointError(
             f"tensor {unlisted[0]!r} of {tensors[unlisted[0]].file.name} is not in the index",
             where=str(index),
-            mend="the shards and the index are from different models: fetch them again",
+            hint="the shards and the index are from different models: fetch them again",
         )
 
 
@@ -246,7 +246,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for file in weight_map.values():
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(
-                f"points out of the directory: {file!r}", where=str(index), mend="never use such a checkpoint"
+                f"points out of the directory: {file!r}", where=str(index), hint="never use such a checkpoint"
             )
     return weight_map
 
@@ -256,7 +256,7 @@ def _weight_files(path: Path, *, allow_pickle: bool) -> list[Path]:
         return [path]
     index, single = path / INDEX, path / SINGLE
     if index.is_file() and single.exists():
-        raise CheckpointError(f"holds both {SINGLE} and {INDEX}", where=str(path), mend="remove the one that is stale")
+        raise CheckpointError(f"holds both {SINGLE} and {INDEX}", where=str(path), hint="remove the one that is stale")
     if index.is_file():
         return [path / file for file in sorted(set(_weight_map(index).values()))]
     if single.exists():
@@ -265,7 +265,7 @@ def _weight_files(path: Path, *, allow_pickle: bool) -> list[Path]:
         raise CheckpointError(
             "is a PEFT adapter, not a whole model",
             where=str(path),
-            mend="name it as an expert of a recipe with a `base:`, or fold it with PEFT's merge_and_unload()",
+            hint="name it as an expert of a recipe with a `base:`, or fold it with PEFT's merge_and_unload()",
         )
     others = sorted(path.glob("*.safetensors"))
     if len(others) == 1:
@@ -279,13 +279,13 @@ def _pickle_files(path: Path, *, allow_pickle: bool) -> list[Path]:
     found = [path / name for name in PICKLES if (path / name).is_file()]
     if not found:
         raise CheckpointError(
-            f"holds no weights ({SINGLE} or {INDEX})", where=str(path), mend="name a Hugging Face model directory"
+            f"holds no weights ({SINGLE} or {INDEX})", where=str(path), hint="name a Hugging Face model directory"
         )
     if not allow_pickle:
         raise CheckpointError(
             f"holds only pickled weights ({found[0].name}), which can run code when they are read",
             where=str(path),
-            mend="use a safetensors version of the model, or set `allow_pickle: true` for this source",
+            hint="use a safetensors version of the model, or set `allow_pickle: true` for this source",
         )
     if found[0].suffix == ".json":
         return [path / file for file in sorted(set(_weight_map(found[0]).values()))]
@@ -311,5 +311,5 @@ def require_inside(file: Path, directory: Path) -> None:
     if target.parent.parent.name == "md5" and target.parent.parent.parent.name == "files":
         return
     raise CheckpointError(
-        f"is a link out of its directory, to {target}", where=str(file), mend="copy the file into the directory"
+        f"is a link out of its directory, to {target}", where=str(file), hint="copy the file into the directory"
     )

@@ -63,7 +63,7 @@ class Folded(Checkpoint):
     def onto(cls, base: str | Path | None, path: str | Path, *, rounded: bool = False, adapted: bool = True) -> Self:
         """The adapter in `path` on `base`; raises what `Adapter.open` raises, and ConfigError without a base."""
         if base is None:
-            raise ConfigError("is an adapter, no model without its base", where=str(path), mend="name its base")
+            raise ConfigError("is an adapter, no model without its base", where=str(path), hint="name its base")
         with Checkpoint.open(base) as whole:
             return cls(Adapter.open(path, whole, str(path)), whole, rounded=rounded, adapted=adapted)
 
@@ -123,6 +123,6 @@ def base_for(path: str | Path, named: str | Path | None, project: Path) -> Path 
         raise ConfigError(
             f"is an adapter, and its base ({named or stated or 'which it does not name'}) is not here",
             where=str(path),
-            mend="name the directory of its base: --base",
+            hint="name the directory of its base: --base",
         )
     return found

@@ -134,5 +134,5 @@ def _is_size(value: Any) -> bool:
 
 
 def _bad(file: Path, what: str, tensor: str | None = None, *, truncated: bool = False) -> CheckpointError:
-    mend = "the file is cut short: fetch it again" if truncated else "fetch the file again, from a source you trust"
-    return CheckpointError(what, where=f"{file}, tensor {tensor}" if tensor else str(file), mend=mend)
+    hint = "the file is cut short: fetch it again" if truncated else "fetch the file again, from a source you trust"
+    return CheckpointError(what, where=f"{file}, tensor {tensor}" if tensor else str(file), hint=hint)

@@ -105,10 +105,10 @@ def export(path: str | Path, task: str | None, out: str | Path, *, base: str | P
     adapter = is_adapter(path)
     root, target = Path(path) if adapter else _directory(path), Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("exists and is not empty", where=str(target), mend="name a new directory")
+        raise ConfigError("exists and is not empty", where=str(target), hint="name a new directory")
     found = tasks(root)
     if task is None and found:
-        raise ConfigError(f"has heads for {', '.join(found)}", where=str(root), mend="choose one with --task")
+        raise ConfigError(f"has heads for {', '.join(found)}", where=str(root), hint="choose one with --task")
     # An adapter that is no merge has one head at most, and `task` is then only its name.
     head = _head_directory(root, task) if task is not None and (found or not adapter) else None
     with Folded.onto(base, root, rounded=True) if adapter else Checkpoint.open(root) as backbone:
@@ -193,7 +193,7 @@ def _require_whole(report: Mapping[str, Any], root: Path) -> None:
         raise CheckpointError(
             f"{len(missing)} weights are not in the checkpoint, first {missing[0]!r}",
             where=str(root),
-            mend="the directory is incomplete: merge or fetch it again",
+            hint="the directory is incomplete: merge or fetch it again",
         )
 
 
@@ -222,7 +222,7 @@ def _head_directory(root: Path, task: str) -> Path:
     found = tasks(root)
     if task not in found:
         known = f"it has heads for {', '.join(found)}" if found else "it has no heads"
-        raise ConfigError(f"no head for task {task!r}; {known}", where=str(root), mend="name one of its tasks")
+        raise ConfigError(f"no head for task {task!r}; {known}", where=str(root), hint="name one of its tasks")
     return root / HEADS / task
 
 
@@ -236,7 +236,7 @@ def _model_class(config: Any) -> Any:
                 return mapping[type(config)]
     if type(config) not in transformers.MODEL_MAPPING:
         raise CheckpointError(
-            f"transformers has no model class for {type(config).__name__}", mend="use a supported architecture"
+            f"transformers has no model class for {type(config).__name__}", hint="use a supported architecture"
         )
     return transformers.MODEL_MAPPING[type(config)]
 
@@ -244,7 +244,7 @@ def _model_class(config: Any) -> Any:
 def _directory(path: str | Path) -> Path:
     root = Path(path)
     if not root.is_dir():
-        raise ConfigError("no such model directory", where=str(root), mend="merge first, or check the path")
+        raise ConfigError("no such model directory", where=str(root), hint="merge first, or check the path")
     try:
         json.loads((root / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

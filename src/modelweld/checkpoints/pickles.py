@@ -19,7 +19,7 @@ def load_pickles(files: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"cannot be read as plain weights: {first}", where=str(file), mend="use a safetensors version"
+                f"cannot be read as plain weights: {first}", where=str(file), hint="use a safetensors version"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError("does not hold a dictionary of tensors", where=str(file))

@@ -197,7 +197,7 @@ class disk_errors:  # noqa: N801 - reads as a statement: with disk_errors(path)
             raise DiskFull(
                 "no space left for the merged weights",
                 where=str(self.path),
-                mend="free space and run the same command again: what was finished is kept",
+                hint="free space and run the same command again: what was finished is kept",
             ) from error
         raise ExternalError(f"cannot be written: {error.strerror}", where=str(self.path)) from error
 

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _show(error: ModelweldError) -> None:
     if options.json:
-        record = {"error": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+        record = {"error": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
         sys.stdout.write(json.dumps(record, indent=2) + "\n")
     stderr.print("[bold red]error:[/]", end=" ")
     stderr.print(str(error), markup=False, highlight=False)

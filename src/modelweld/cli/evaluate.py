@@ -76,7 +76,7 @@ def _none_of(options: dict[str, Any], why: str) -> None:
     """Refuse options that make no sense beside another."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ConfigError(why, where=", ".join(given), mend="leave them out")
+        raise ConfigError(why, where=", ".join(given), hint="leave them out")
 
 
 @app.command()

@@ -92,7 +92,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} is not readable: {error}", where="--grid") from error
     if not equals or not name.strip() or any(isinstance(value, list | dict) for value in found):
-        raise ConfigError(f"{text!r} names no values", where="--grid", mend="--grid drop_rate=0.5,0.8")
+        raise ConfigError(f"{text!r} names no values", where="--grid", hint="--grid drop_rate=0.5,0.8")
     return name.strip(), found
 
 
@@ -205,13 +205,13 @@ def import_mergekit(
         raise ConfigError(
             "does not mean the same as a recipe: " + "; ".join(imported.lost),
             where=str(config),
-            mend="change these, or take the recipe without them: --partial",
+            hint="change these, or take the recipe without them: --partial",
         )
     remarks = [f"not carried over: {item}" for item in imported.lost] + [f"note: {note}" for note in imported.notes]
     text = "".join(f"# {line}\n" for line in remarks) + yaml.safe_dump(imported.recipe, sort_keys=False)
     if out is not None:
         if out.exists():
-            raise ConfigError("exists already", where=str(out), mend="name another file")
+            raise ConfigError("exists already", where=str(out), hint="name another file")
         out.write_text(text, encoding="utf-8")
     document = {"recipe": imported.recipe, "lost": imported.lost, "notes": imported.notes, "out": out and str(out)}
     if options.json or out is not None:

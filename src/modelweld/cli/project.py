@@ -33,10 +33,10 @@ def doctor(root: Folder = Path()) -> None:
     from modelweld.workspace.doctor import diagnose
 
     findings = diagnose(root)
-    table = Table("check", "state", "saw", "mend", box=None)
+    table = Table("check", "state", "saw", "hint", box=None)
     for finding in findings:
         colour = {"ok": "green", "warning": "yellow", "problem": "red"}[finding.state]
-        table.add_row(finding.check, f"[{colour}]{finding.state}[/]", finding.saw, finding.mend)
+        table.add_row(finding.check, f"[{colour}]{finding.state}[/]", finding.saw, finding.hint)
     emit([dataclasses.asdict(finding) for finding in findings], table)
     if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)

@@ -72,13 +72,13 @@ def rederive(
     project = Project.find(Path(os.environ.get("MODELWELD_PROJECT_ROOT") or Path.cwd()))
     record = project.record(tag) if tag else project.latest_record()
     if record is None:
-        raise WorkspaceError("nothing is recorded here yet", where=str(project.root), mend="modelweld run")
+        raise WorkspaceError("nothing is recorded here yet", where=str(project.root), hint="modelweld run")
     found = make_again(project, record, output, listen=_show_line)
     if not found.equal:
         raise GateRefused(
             f"{found.output} was recorded as {found.recorded} and comes out as {found.rebuilt}",
             where=found.record,
-            mend="another processor, device or package version may round otherwise: manifest.json names those of then",
+            hint="another processor, device or package version may round otherwise: manifest.json names those of then",
         )
     emit(asdict(found) | {"equal": True}, f"{found.output} of {found.record}: rebuilt byte for byte ({found.rebuilt})")
 

@@ -42,10 +42,10 @@ def load_recipe(path: Path) -> Recipe:
     """A recipe file; relative paths in it are taken from the recipe's own folder."""
     recipe = _load(path, RECIPE_ADAPTER.validate_python)
     if not recipe.models:
-        raise ConfigError("a recipe file needs `models:`", where=str(path), mend="models: {sst2: {path: …}}")
+        raise ConfigError("a recipe file needs `models:`", where=str(path), hint="models: {sst2: {path: …}}")
     missing = [name for name, entry in recipe.models.items() if entry.path is None]
     if missing:
-        raise ConfigError(f"models without a path: {', '.join(missing)}", where=str(path), mend="give each one `path:`")
+        raise ConfigError(f"models without a path: {', '.join(missing)}", where=str(path), hint="give each one `path:`")
     root = path.parent
     models = {k: v.model_copy(update={"path": str(root / str(v.path))}) for k, v in recipe.models.items()}
     base = str(root / recipe.base) if recipe.base else None
@@ -79,15 +79,15 @@ def _load(path: Path, validate: Callable[[Any], T]) -> T:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError("no such file", where=str(path), mend="`modelweld init` writes a first one") from error
+        raise ConfigError("no such file", where=str(path), hint="`modelweld init` writes a first one") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(raw, dict):
-        raise ConfigError("the file must hold a mapping", where=str(path), mend="`modelweld schema` prints its shape")
+        raise ConfigError("the file must hold a mapping", where=str(path), hint="`modelweld schema` prints its shape")
     try:
         return validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error), where=str(path), mend="`modelweld schema` prints every key") from error
+        raise ConfigError(_explain(error), where=str(path), hint="`modelweld schema` prints every key") from error
 
 
 def _explain(error: ValidationError) -> str:

@@ -65,11 +65,11 @@ def convert(document: Any) -> Imported:
     Raises ConfigError for methods there is no counterpart to and for files that name no whole models.
     """
     if not isinstance(document, dict) or "merge_method" not in document:
-        raise ConfigError("is no mergekit configuration", mend="it needs `merge_method:` and `models:`")
+        raise ConfigError("is no mergekit configuration", hint="it needs `merge_method:` and `models:`")
     name = document["merge_method"]
     if name not in _METHODS:
         raise ConfigError(
-            f"merge_method {name!r} has no counterpart", where="merge_method", mend=f"one of {', '.join(_METHODS)}"
+            f"merge_method {name!r} has no counterpart", where="merge_method", hint=f"one of {', '.join(_METHODS)}"
         )
     if document.get("slices") or not isinstance(document.get("models"), list) or not document["models"]:
         raise ConfigError(
@@ -77,7 +77,7 @@ def convert(document: Any) -> Imported:
             if document.get("slices")
             else "no models",
             where="slices" if document.get("slices") else "models",
-            mend="merge whole models: `models:`",
+            hint="merge whole models: `models:`",
         )
     return _Conversion(document, _METHODS[name]).result()
 
@@ -114,7 +114,7 @@ class _Conversion:
             entry = entry if isinstance(entry, dict) else {"model": entry}
             path, whole = self._reference(entry.get("model"), where)
             if path is None:
-                raise ConfigError("names no model", where=where, mend="model: path/to/model")
+                raise ConfigError("names no model", where=where, hint="model: path/to/model")
             if whole is not None and whole != base:
                 self.lost.append(f"{where}: an adapter of {whole}, not of the base_model")
             self.lost += [f"{where}.{key}" for key in sorted(entry.keys() - {"model", "parameters"})]
@@ -202,7 +202,7 @@ class _Conversion:
         weights = []
         for key, own in models:
             if "weight" not in own and "weight" not in self.shared:
-                raise ConfigError(f"{key} has no weight", where="models", mend="parameters: {weight: 1.0}")
+                raise ConfigError(f"{key} has no weight", where="models", hint="parameters: {weight: 1.0}")
             weights.append(float(self._number("weight", {**self.shared, **own}, 1.0)))
         if self.kind.method == "linear":
             return weights, 1.0

@@ -57,7 +57,7 @@ def read_set(source: str, split: str, text: str, label: str) -> EvaluationSet:
         rows, where = _read_hub(source, split), f"{source} [{split}]"
     else:
         raise SourceError(
-            "no such folder or file", where=source, mend="a local path, or hf://org/name@revision for a set of the Hub"
+            "no such folder or file", where=source, hint="a local path, or hf://org/name@revision for a set of the Hub"
         )
     return _checked(rows, text, label, where)
 
@@ -67,13 +67,13 @@ def _split_file(folder: Path, split: str) -> Path:
     found = [path for path in candidates if path.is_file()]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise InputError(f"split {split!r} is there more than once: {names}", where=str(folder), mend="keep one")
+        raise InputError(f"split {split!r} is there more than once: {names}", where=str(folder), hint="keep one")
     if not found:
         there = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
         raise InputError(
             f"no split {split!r}: neither of {', '.join(path.name for path in candidates)}",
             where=str(folder),
-            mend=f"the folder holds {', '.join(there) or 'no data files'}; name the split in params.yaml",
+            hint=f"the folder holds {', '.join(there) or 'no data files'}; name the split in params.yaml",
         )
     return found[0]
 
@@ -85,9 +85,9 @@ def _read_file(path: Path) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     if path.suffix not in SUFFIXES:
-        raise InputError("neither parquet, csv nor jsonl", where=str(path), mend="convert it: `datasets` reads those")
+        raise InputError("neither parquet, csv nor jsonl", where=str(path), hint="convert it: `datasets` reads those")
     if not path.stat().st_size:
-        raise InputError("no rows: the file is empty", where=str(path), mend="fetch it again")
+        raise InputError("no rows: the file is empty", where=str(path), hint="fetch it again")
     readers: dict[str, Callable[..., Any]] = {
         # By default a batch is as large as the first row group, and an empty file's has no rows.
         ".parquet": partial(Dataset.from_parquet, batch_size=8192),
@@ -102,10 +102,10 @@ def _read_file(path: Path) -> Any:
         except (DatasetGenerationError, pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
             reason = error.__cause__ or error
             raise InputError(
-                f"cannot be read: {reason}", where=str(path), mend="fetch it again, or mend the file"
+                f"cannot be read: {reason}", where=str(path), hint="fetch it again, or fix the file"
             ) from error
         except ValueError as error:
-            raise InputError(f"no rows: {error}", where=str(path), mend="an evaluation needs rows") from error
+            raise InputError(f"no rows: {error}", where=str(path), hint="an evaluation needs rows") from error
 
 
 def _read_hub(source: str, split: str) -> Any:
@@ -114,20 +114,20 @@ def _read_hub(source: str, split: str) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = source.removeprefix("hf://").removeprefix("datasets/").partition("@")
-    mend = "copy the set to a local folder, or try again when the Hub can be reached"
+    hint = "copy the set to a local folder, or try again when the Hub can be reached"
     with _quiet():
         try:
             return load_dataset(name, split=split, revision=revision or None)
         except DatasetNotFoundError as error:
             raise SourceError(
-                f"no such set on the Hub: {error}", where=source, mend="a local path, or hf://org/name@revision"
+                f"no such set on the Hub: {error}", where=source, hint="a local path, or hf://org/name@revision"
             ) from error
         except (ConnectionError, HfHubHTTPError) as error:
-            raise SourceUnavailable(f"the Hub did not answer: {error}", where=source, mend=mend) from error
+            raise SourceUnavailable(f"the Hub did not answer: {error}", where=source, hint=hint) from error
         except ValueError as error:
-            raise InputError(f"{error}", where=source, mend="name a split that the set has") from error
+            raise InputError(f"{error}", where=source, hint="name a split that the set has") from error
         except OSError as error:
-            raise ExternalError(f"the set could not be stored: {error}", where=source, mend=mend) from error
+            raise ExternalError(f"the set could not be stored: {error}", where=source, hint=hint) from error
 
 
 @contextmanager
@@ -151,22 +151,22 @@ def _checked(rows: Any, text: str, label: str, where: str) -> EvaluationSet:
             raise ConfigError(
                 f"no column {column!r} among {', '.join(rows.column_names)}",
                 where=where,
-                mend="name the columns by `text:` and `label:` of the task in params.yaml",
+                hint="name the columns by `text:` and `label:` of the task in params.yaml",
             )
     if not rows.num_rows:
-        raise InputError("the split has no rows", where=where, mend="an evaluation needs rows")
+        raise InputError("the split has no rows", where=where, hint="an evaluation needs rows")
     texts, labels = rows[text][:], rows[label][:]
     for row, value in enumerate(texts):
         if not isinstance(value, str):
             raise InputError(
-                f"row {row}: column {text!r} holds {value!r}, not a text", where=where, mend="drop or mend the row"
+                f"row {row}: column {text!r} holds {value!r}, not a text", where=where, hint="drop or fix the row"
             )
     for row, value in enumerate(labels):
         if not isinstance(value, int | str):
             raise InputError(
                 f"row {row}: column {label!r} holds {value!r}, neither a class number nor a class name",
                 where=where,
-                mend="drop or mend the row",
+                hint="drop or fix the row",
             )
     feature = rows.features[label]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else None

@@ -73,7 +73,7 @@ def read_images(source: str, split: str, image: str, label: str, pick: Pick | No
             raise InputError(
                 f"row {row}: column {label!r} holds {value!r}, neither a class number nor a class name",
                 where=str(path),
-                mend="drop or mend the row",
+                hint="drop or fix the row",
             )
     images = _decoded(table, image, chosen, path)
     return ImageSet(images, tuple(labels), _class_names(table.schema, label), str(path))
@@ -90,23 +90,23 @@ def _table(source: str, split: str, columns: Sequence[str]) -> tuple[Path, pyarr
     if path.is_dir():
         path = path / f"{split}.parquet"
     elif not path.is_file():
-        raise SourceError("no such folder or file", where=source, mend="a folder with <split>.parquet files")
+        raise SourceError("no such folder or file", where=source, hint="a folder with <split>.parquet files")
     if path.suffix != ".parquet" or not path.is_file():
-        raise InputError("no parquet file", where=str(path), mend="image sets are kept as <split>.parquet")
+        raise InputError("no parquet file", where=str(path), hint="image sets are kept as <split>.parquet")
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"cannot be read: {reason}", where=str(path), mend="fetch it again") from error
+        raise InputError(f"cannot be read: {reason}", where=str(path), hint="fetch it again") from error
     for column in columns:
         if column not in table.column_names:
             raise ConfigError(
                 f"no column {column!r} among {', '.join(table.column_names)}",
                 where=str(path),
-                mend="name the columns by `image:` and `label:` of the task in params.yaml",
+                hint="name the columns by `image:` and `label:` of the task in params.yaml",
             )
     if not table.num_rows:
-        raise InputError("the split has no rows", where=str(path), mend="an evaluation needs rows")
+        raise InputError("the split has no rows", where=str(path), hint="an evaluation needs rows")
     return path, table
 
 
@@ -116,7 +116,7 @@ def _decoded(table: pyarrow.Table, column: str, rows: Sequence[int], path: Path)
         try:
             images.append(decode(values[row].as_py()))
         except Unreadable as error:
-            raise InputError(f"row {row}: {error}", where=str(path), mend="drop or mend the row") from error
+            raise InputError(f"row {row}: {error}", where=str(path), hint="drop or fix the row") from error
     return tuple(images)
 
 
@@ -150,7 +150,7 @@ class Preprocessing:
             raise InputError(
                 f"images {first} to {first + len(images) - 1} cannot be stacked: {str(error).splitlines()[0]}",
                 where=where,
-                mend=f"let the model's {PROCESSOR} resize, or give images of one size",
+                hint=f"let the model's {PROCESSOR} resize, or give images of one size",
             ) from error
 
 
@@ -167,7 +167,7 @@ def preprocessing(*folders: Path) -> Preprocessing:
     channels = config.get("num_channels", 3)
     if channels not in (1, 3):
         raise CheckpointError(
-            f"takes {channels} channels", where=str(folders[0] / "config.json"), mend="grey and RGB images are read"
+            f"takes {channels} channels", where=str(folders[0] / "config.json"), hint="grey and RGB images are read"
         )
     mode = "L" if channels == 1 else "RGB"
     for folder in folders:
@@ -200,7 +200,7 @@ def _stated(folder: Path) -> Any:
         raise CheckpointError(
             f"its processor cannot be built: {str(error).splitlines()[0]}",
             where=str(folder / PROCESSOR),
-            mend="save the model's image processor again with this version of transformers",
+            hint="save the model's image processor again with this version of transformers",
         ) from error
 
 
@@ -235,13 +235,13 @@ def image_logits(
                 raise ExternalError(
                     f"out of memory on {settings.device} with {len(part)} images",
                     where=where,
-                    mend="evaluate on another device: MODELWELD_DEVICE=cpu",
+                    hint="evaluate on another device: MODELWELD_DEVICE=cpu",
                 ) from error
             advance(len(part))
     every = torch.cat(collected).float().cpu()
     if not bool(torch.isfinite(every).all()):
         raise CheckpointError(
-            "the model's outputs are not finite", where=where, mend="check its weights: `modelweld stage validate`"
+            "the model's outputs are not finite", where=where, hint="check its weights: `modelweld stage validate`"
         )
     return np.asarray(every.numpy())
 
@@ -259,5 +259,5 @@ def joint(logits: Sequence[NDArray[np.float32]]) -> Predictions:
     The heads were trained apart, so nothing made their logits comparable: this asks more than each task alone.
     """
     if len({len(one) for one in logits}) != 1:
-        raise InputError("the heads answered different rows", mend="predict the same rows with every head")
+        raise InputError("the heads answered different rows", hint="predict the same rows with every head")
     return chosen(np.concatenate(list(logits), axis=1))

@@ -47,19 +47,19 @@ class LabelSpace:
             raise CheckpointError(
                 f"id2label has the numbers {sorted(by_number)}, not 0…{len(by_number) - 1}",
                 where=where,
-                mend="mend id2label and label2id of its config.json",
+                hint="fix id2label and label2id of its config.json",
             )
         names = tuple(by_number[number] for number in range(len(by_number)))
         inverse = {str(name): int(number) for name, number in (config.get("label2id") or {}).items()}
         if len(set(names)) < len(names) or (inverse and inverse != {name: i for i, name in enumerate(names)}):
             raise CheckpointError(
-                "id2label and label2id contradict each other", where=where, mend="mend them in its config.json"
+                "id2label and label2id contradict each other", where=where, hint="fix them in its config.json"
             )
         if len(names) < 2:
             raise CheckpointError(
                 "a head with a single output is a regression, not a classification",
                 where=where,
-                mend="evaluate a model with two classes or more",
+                hint="evaluate a model with two classes or more",
             )
         return cls(names)
 
@@ -92,7 +92,7 @@ class LabelSpace:
                 raise InputError(
                     f"task {task}, row {row}: label {label!r} is none of the head's {len(self)} classes ({shown})",
                     where=rows.where,
-                    mend="mend the row, or id2label and label2id in the expert's config.json",
+                    hint="fix the row, or id2label and label2id in the expert's config.json",
                 )
             classes[row] = number
         return classes

@@ -61,7 +61,7 @@ def score_systems(
         raise InputError(
             f"the {metric} of the {reference} is 0",
             where=where,
-            mend="look at the order of id2label in its config.json, and at the task's dataset and split",
+            hint="look at the order of id2label in its config.json, and at the task's dataset and split",
         )
     draws = _resampled(truth, predicted, resampling)
     scored = {}

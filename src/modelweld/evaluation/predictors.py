@@ -98,11 +98,11 @@ def choose_device(wanted: str) -> str:
     kind, _, index = wanted.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
         raise ConfigError(
-            f"no device is called {wanted!r}", where="MODELWELD_DEVICE", mend="auto, cpu, cuda, cuda:<i> or mps"
+            f"no device is called {wanted!r}", where="MODELWELD_DEVICE", hint="auto, cpu, cuda, cuda:<i> or mps"
         )
     count = torch.cuda.device_count() if kind == "cuda" else int(kind == "cpu" or torch.backends.mps.is_available())
     if int(index or 0) >= count:
-        raise ConfigError(f"no {wanted} on this machine", where="MODELWELD_DEVICE", mend="auto takes what is there")
+        raise ConfigError(f"no {wanted} on this machine", where="MODELWELD_DEVICE", hint="auto takes what is there")
     return wanted
 
 
@@ -138,7 +138,7 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, l
         raise InputError(
             "its tokenizer has no padding token, and texts are predicted in batches",
             where=str(tokenizer.name_or_path),
-            mend="set pad_token in tokenizer_config.json and pad_token_id in config.json of the model",
+            hint="set pad_token in tokenizer_config.json and pad_token_id in config.json of the model",
         )
     return dict(tokenizer(list(texts), truncation=True, max_length=max_length, padding=False))
 
@@ -180,7 +180,7 @@ def predict(
                 raise ExternalError(
                     f"out of memory on {settings.device} with {len(rows)} rows of {lengths[rows[0]]} tokens",
                     where=where,
-                    mend="lower evaluate.batch_tokens in params.yaml",
+                    hint="lower evaluate.batch_tokens in params.yaml",
                 ) from error
             # Kept on the device: fetching each batch's logits would make every batch wait for the last one.
             collected.append(logits)
@@ -189,7 +189,7 @@ def predict(
         every = torch.cat(collected).float().cpu()
     if not bool(torch.isfinite(every).all()):
         raise CheckpointError(
-            "the model's outputs are not finite", where=where, mend="check its weights: `modelweld stage validate`"
+            "the model's outputs are not finite", where=where, hint="check its weights: `modelweld stage validate`"
         )
     probabilities, classes = every.softmax(dim=-1).max(dim=-1)
     back = np.argsort(np.array(order), kind="stable")
@@ -207,7 +207,7 @@ def _check_positions(model: Any, longest: int, where: str) -> None:
                 raise ConfigError(
                     f"a row has {longest} tokens, the model has {room} positions",
                     where=where,
-                    mend=f"set max_length of the task to {room} or less",
+                    hint=f"set max_length of the task to {room} or less",
                 )
 
 
@@ -221,7 +221,7 @@ def open_system(system: System, kind: Kind = "text-classification") -> Any:
         raise CheckpointError(
             f"{type(model).__name__} classifies no {what}",
             where=str(lends),
-            mend=f"an expert is saved as a …{ending}, which its config.json names",
+            hint=f"an expert is saved as a …{ending}, which its config.json names",
         )
     if system.head is None or lent:
         return model
@@ -249,7 +249,7 @@ def _converted(model: Any, lender: Checkpoint, backbone: Mapping[str, torch.Tens
         raise CheckpointError(
             f"tensor {stored!r} of the file has no place in {type(model).__name__}",
             where=lender.place(stored) if stored in lender.tensors else str(lender.path),
-            mend="load the model with this version of transformers and save it again",
+            hint="load the model with this version of transformers and save it again",
         )
     return loaded.eval()
 

@@ -149,7 +149,7 @@ class Scoreboard:
 
     def _require(self, system: str) -> None:
         if system not in self.systems:
-            raise InputError(f"no system named {system!r} was scored", mend=f"one of: {', '.join(self.systems)}")
+            raise InputError(f"no system named {system!r} was scored", hint=f"one of: {', '.join(self.systems)}")
 
 
 def reading_order(systems: Iterable[str]) -> tuple[str, ...]:
@@ -173,14 +173,14 @@ def read_scores(path: Path) -> TaskScores:
             raise InputError(
                 f"scores of version {document['version']}, this modelweld reads {VERSION}",
                 where=str(path),
-                mend="`dvc repro` with this modelweld writes them anew",
+                hint="`dvc repro` with this modelweld writes them anew",
             )
         return TaskScores.from_dict(document)
     except FileNotFoundError as error:
-        raise InputError("no such scores", where=str(path), mend="`dvc repro` or `modelweld run` makes them") from error
+        raise InputError("no such scores", where=str(path), hint="`dvc repro` or `modelweld run` makes them") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"not a scores file: {error}", where=str(path), mend="delete it; `dvc repro` writes it anew"
+            f"not a scores file: {error}", where=str(path), hint="delete it; `dvc repro` writes it anew"
         ) from error
 
 
@@ -193,13 +193,13 @@ def scoreboard(root: Path, tasks: Iterable[str] | None = None) -> Scoreboard:
     names = sorted(path.stem for path in folder.glob("*.json")) if tasks is None else list(tasks)
     found = {name: read_scores(folder / f"{name}.json") for name in names}
     if not found:
-        raise InputError("no scores here", where=str(folder), mend="`dvc repro` or `modelweld run` makes them")
+        raise InputError("no scores here", where=str(folder), hint="`dvc repro` or `modelweld run` makes them")
     metrics = {scores.metric for scores in found.values()}
     if len(metrics) > 1:
         raise InputError(
             f"tasks scored by different metrics: {', '.join(sorted(metrics))}",
             where=str(folder),
-            mend="`dvc repro` scores them all by `evaluate.metric`",
+            hint="`dvc repro` scores them all by `evaluate.metric`",
         )
     everything = set().union(*(scores.systems for scores in found.values()))
     for name, scores in found.items():
@@ -207,6 +207,6 @@ def scoreboard(root: Path, tasks: Iterable[str] | None = None) -> Scoreboard:
             raise InputError(
                 f"no scores of {', '.join(sorted(missing))}, which other tasks have",
                 where=str(folder / f"{name}.json"),
-                mend="`dvc repro` scores every system on every task; delete the scores of tasks that are gone",
+                hint="`dvc repro` scores every system on every task; delete the scores of tasks that are gone",
             )
     return Scoreboard(metrics.pop(), found)

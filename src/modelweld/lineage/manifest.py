@@ -105,10 +105,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no readable manifest: {error}", where=str(file), mend="merge again") from error
+        raise CheckpointError(f"no readable manifest: {error}", where=str(file), hint="merge again") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise CheckpointError(f"is not a {SCHEMA} (found {found!r})", where=str(file), mend="use a matching release")
+        raise CheckpointError(f"is not a {SCHEMA} (found {found!r})", where=str(file), hint="use a matching release")
     return document
 
 

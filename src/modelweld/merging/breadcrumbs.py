@@ -35,7 +35,7 @@ def merge(
     if not (0 < density <= 1 and gamma >= 0 and density + gamma <= 1 + 1e-9) or combine not in ("linear", "ties"):
         raise MergeError(
             f"density {density}, gamma {gamma}, combine {combine!r}",
-            mend="density + gamma may be at most 1; combine is linear or ties",
+            hint="density + gamma may be at most 1; combine is linear or ties",
         )
     top = max(size - round(gamma * size), 1)  # the rank of the largest entry that stays; at least one does
     bottom = max(top - max(round(density * size), 1) + 1, 1)

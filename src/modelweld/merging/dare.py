@@ -33,9 +33,9 @@ def merge(
     count = deltas.shape[0]
     keys = stream_keys(0, "", [str(index) for index in range(count)]) if keys is None else keys
     if len(keys) != count:
-        raise MergeError(f"{len(keys)} random streams for {count} models", mend="give each expert's digest")
+        raise MergeError(f"{len(keys)} random streams for {count} models", hint="give each expert's digest")
     if not 0 <= drop_rate < 1 or combine not in ("linear", "ties"):
-        raise MergeError(f"drop_rate {drop_rate}, combine {combine!r}", mend="a share below 1; linear or ties")
+        raise MergeError(f"drop_rate {drop_rate}, combine {combine!r}", hint="a share below 1; linear or ties")
     level, factor = dropping(drop_rate, rescale=rescale)
     c = shares(weights, deltas)
     flat = deltas.reshape(count, -1)  # (N, L)

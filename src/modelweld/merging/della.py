@@ -35,11 +35,11 @@ def merge(
     deltas = stacked(deltas)
     keys = stream_keys(0, "", [str(index) for index in range(deltas.shape[0])]) if keys is None else keys
     if len(keys) != deltas.shape[0]:
-        raise MergeError(f"{len(keys)} random streams for {deltas.shape[0]} models", mend="give each expert's digest")
+        raise MergeError(f"{len(keys)} random streams for {deltas.shape[0]} models", hint="give each expert's digest")
     if not (drop_rate - epsilon / 2 >= 0 and drop_rate + epsilon / 2 < 1) or combine not in ("linear", "ties"):
         raise MergeError(
             f"drop_rate {drop_rate}, epsilon {epsilon}, combine {combine!r}",
-            mend="drop_rate ± epsilon / 2 must stay within [0, 1); combine is linear or ties",
+            hint="drop_rate ± epsilon / 2 must stay within [0, 1); combine is linear or ties",
         )
     first = drop_rate - epsilon / 2
     kept = torch.stack(

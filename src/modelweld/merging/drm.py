@@ -84,7 +84,7 @@ def resolved_direction(direction: str, n: int, m: int) -> str:
     if direction == "auto":
         return "horizontal" if n <= m else "vertical"
     if direction not in ("horizontal", "vertical"):
-        raise MergeError(f"unknown direction {direction!r}", mend="horizontal, vertical or auto")
+        raise MergeError(f"unknown direction {direction!r}", hint="horizontal, vertical or auto")
     return direction
 
 
@@ -113,7 +113,7 @@ def factorise_low_rank(
 ) -> DrmBasis:
     """As `factorise`, for matrices given by their factors: only Σ R_i × m stacks are made."""
     if not factors:
-        raise MergeError("no models", mend="give one pair of factors a model")
+        raise MergeError("no models", hint="give one pair of factors a model")
     vertical = resolved_direction(direction, *factors[0].shape) == "vertical"
     columns, cores = shared_columns([factor.transposed if vertical else factor for factor in factors])
     active = _active(cores)
@@ -125,7 +125,7 @@ def shared_columns(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     """Q (n, q) with orthonormal columns and cores C_i `(N, q, m)` with D_i = Q C_i, in float64; q ≤ Σ R_i."""
     shapes = {factor.shape for factor in factors}
     if len(shapes) > 1:
-        raise MergeError(f"factors of different matrices: {sorted(shapes)}", mend="give the factors of one weight")
+        raise MergeError(f"factors of different matrices: {sorted(shapes)}", hint="give the factors of one weight")
     require_finite_factors(factors)
     columns, mixing = torch.linalg.qr(torch.cat([factor.B.double() for factor in factors], dim=1))
     parts = mixing.split([factor.rank for factor in factors], dim=1)  # N × (q, R_i)
@@ -196,7 +196,7 @@ def _merged_rows(
 ) -> Tensor:
     """Steps 2 and 3 of the paper: (r, m) rows in the joint basis."""
     if not 0 <= drop_rate < 1:
-        raise MergeError(f"drop_rate is {drop_rate}", mend="give a share from 0 to below 1")
+        raise MergeError(f"drop_rate is {drop_rate}", hint="give a share from 0 to below 1")
     directions = basis.directions
     _, r, m = directions.shape
     c = shares(weights, directions)

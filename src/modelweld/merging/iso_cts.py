@@ -23,7 +23,7 @@ def merge(deltas: Tensor, *, common_share: float = 0.8, weights: Weights | None 
     deltas = stacked(deltas, dtype=torch.float64, matrices=True)
     require_finite(deltas)
     if not 0 <= common_share <= 1:
-        raise MergeError(f"common_share is {common_share}", mend="give a share from 0 to 1")
+        raise MergeError(f"common_share is {common_share}", hint="give a share from 0 to 1")
     count, full = deltas.shape[0], min(deltas.shape[1:])
     specific = min(round((full - int(full * common_share)) / count), full // count)
     common = full - count * specific

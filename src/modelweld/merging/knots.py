@@ -63,7 +63,7 @@ def _merged_rows(
     notes: MutableMapping[str, Any] | None,
 ) -> Tensor:
     if combine not in ("linear", "ties") or not 0 < density <= 1:
-        raise MergeError(f"combine {combine!r}, density {density}", mend="linear or ties; a share above 0")
+        raise MergeError(f"combine {combine!r}, density {density}", hint="linear or ties; a share above 0")
     if notes is not None:
         notes["rank"] = found.rank
     sigma = found.singular[:, None]  # (r, 1)

@@ -30,7 +30,7 @@ def merge_low_rank(factors: Sequence[LowRank], *, weights: Weights | None = None
     Raises MergeError without `normalize`: the base would be scaled too, which no low-rank delta can say.
     """
     if not normalize:
-        raise MergeError("unnormalised `linear` scales the base", mend="use `task_arithmetic`, or merge densely")
+        raise MergeError("unnormalised `linear` scales the base", hint="use `task_arithmetic`, or merge densely")
     c = factor_coefficients(weights, factors)
     return stacked_factors(factors, normalized(c, weights))
 
@@ -44,7 +44,7 @@ def stacked_factors(factors: Sequence[LowRank], c: Tensor) -> LowRank:
 def factor_coefficients(weights: Weights | None, factors: Sequence[LowRank]) -> Tensor:
     """One float64 coefficient a model, where its factors are."""
     if not factors:
-        raise MergeError("no models", mend="give one pair of factors a model")
+        raise MergeError("no models", hint="give one pair of factors a model")
     return coefficients(weights, torch.empty(len(factors), dtype=torch.float64, device=factors[0].B.device))
 
 
@@ -53,5 +53,5 @@ def normalized(c: Tensor, weights: Weights | None) -> Tensor:
     numbers = weights.tolist() if isinstance(weights, Tensor) and weights.device.type == "cpu" else weights
     # Weights on a device are not looked at: that would wait for the device.
     if numbers is not None and not isinstance(numbers, Tensor) and abs(sum(numbers)) <= 1e-12 * sum(map(abs, numbers)):
-        raise MergeError("the weights sum to zero", mend="change a weight, or set `normalize: false`")
+        raise MergeError("the weights sum to zero", hint="change a weight, or set `normalize: false`")
     return c / c.sum()

@@ -22,7 +22,7 @@ class LowRank:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise MergeError(
                 f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} are not factors of one matrix",
-                mend="B is (n, R) and A is (R, m)",
+                hint="B is (n, R) and A is (R, m)",
             )
 
     @property

@@ -23,7 +23,7 @@ def shares(products: Tensor) -> Tensor:
     """`(N,)`: t / N for each model, from the inner products `(N, N)` of the deltas, in float64."""
     count = products.shape[0]
     if count < 2:
-        raise MergeError("model_stock needs at least two models", mend="name more in `models:`")
+        raise MergeError("model_stock needs at least two models", hint="name more in `models:`")
     norms = products.diagonal().sqrt()
     scale = norms[:, None] * norms
     cosines = (products / scale.where(scale > 0, 1)).triu(diagonal=1)

@@ -18,13 +18,13 @@ def stacked(deltas: Tensor, *, dtype: torch.dtype | None = None, matrices: bool 
     Raises MergeError for integers, an empty stack, or, with `matrices`, anything but `(N, n, m)`.
     """
     if not deltas.is_floating_point():
-        raise MergeError(f"cannot merge {deltas.dtype}", mend="copy integer and bool tensors by a rule: `use: base`")
+        raise MergeError(f"cannot merge {deltas.dtype}", hint="copy integer and bool tensors by a rule: `use: base`")
     if deltas.ndim == 0 or deltas.shape[0] == 0:
-        raise MergeError(f"no models: the stack has shape {tuple(deltas.shape)}", mend="stack the models along dim 0")
+        raise MergeError(f"no models: the stack has shape {tuple(deltas.shape)}", hint="stack the models along dim 0")
     if matrices and (deltas.ndim != 3 or deltas.numel() == 0):
         raise MergeError(
             f"needs a stack of matrices (N, n, m), not {tuple(deltas.shape)}",
-            mend="give this tensor another method by a rule, or see it as a matrix (out, in·kh·kw)",
+            hint="give this tensor another method by a rule, or see it as a matrix (out, in·kh·kw)",
         )
     if dtype is None:
         dtype = torch.float32 if deltas.dtype.itemsize < 4 else deltas.dtype
@@ -40,7 +40,7 @@ def coefficients(weights: Weights | None, stack: Tensor) -> Tensor:
         weights = torch.tensor(list(weights), dtype=torch.float64)
     if weights.shape != (count,):
         raise MergeError(
-            f"{tuple(weights.shape)} weights for {count} models", mend="give one weight a model, in the models' order"
+            f"{tuple(weights.shape)} weights for {count} models", hint="give one weight a model, in the models' order"
         )
     return weights.to(device=stack.device, dtype=stack.dtype, non_blocking=True)
 
@@ -71,5 +71,5 @@ def require_finite(deltas: Tensor, names: Sequence[str] = ()) -> None:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             model = names[index] if index < len(names) else f"model {index}"
             raise MergeError(
-                "holds NaN or infinite values", where=model, mend="mend or leave out this model; merging cannot heal it"
+                "holds NaN or infinite values", where=model, hint="fix or remove this model; merging cannot repair it"
             )

@@ -27,7 +27,7 @@ def merge(deltas: Tensor, *, density: float = 0.1, weights: Weights | None = Non
     deltas = stacked(deltas)
     require_finite(deltas)
     if not 0 < density <= 1:
-        raise MergeError(f"density is {density}", mend="give a share above 0 and at most 1")
+        raise MergeError(f"density is {density}", hint="give a share above 0 and at most 1")
     if deltas.numel() == 0:
         return deltas[0].clone()
     together = deltas.sum(dim=0)

@@ -120,7 +120,7 @@ class Method:
             self._check_count(len(factors))
             if self.low_rank is None:
                 able = ", ".join(name for name, entry in _METHODS.items() if entry.low_rank)
-                raise MergeError(f"{self.name} does not work on low-rank factors", mend=f"merge densely, or use {able}")
+                raise MergeError(f"{self.name} does not work on low-rank factors", hint=f"merge densely, or use {able}")
             if not context.finite:
                 require_finite_factors(factors, context.experts)
             merged = self.low_rank(factors, parameters, weights, context)
@@ -130,7 +130,7 @@ class Method:
         if count < self.min_models or (self.max_models is not None and count > self.max_models):
             most = self.max_models
             wants = f"exactly {most}" if most == self.min_models else f"at least {self.min_models}"
-            raise MergeError(f"{self.name} merges {wants} models, not {count}", mend="change `models:` or the method")
+            raise MergeError(f"{self.name} merges {wants} models, not {count}", hint="change `models:` or the method")
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _naming(context: TensorContext) -> Iterator[None]:
         yield
     except MergeError as error:
         where = f"{context.name}, {error.where}" if error.where else context.name
-        raise MergeError(error.what, where=where, mend=error.mend) from error
+        raise MergeError(error.what, where=where, hint=error.hint) from error
 
 
 def _adapted(
@@ -156,7 +156,7 @@ def _adapted(
 
 def _unweighted(name: str, weights: Weights) -> None:
     if not isinstance(weights, Tensor) and len(set(weights)) > 1:
-        raise MergeError(f"{name} takes no weights", mend="leave them out, or use a method that honours them")
+        raise MergeError(f"{name} takes no weights", hint="leave them out, or use a method that honours them")
 
 
 def _average(stack: Tensor, _: config.Average, weights: Weights, context: TensorContext) -> Tensor:
@@ -399,5 +399,5 @@ def method(name: str) -> Method:
         return _METHODS[name]
     except KeyError:
         close = difflib.get_close_matches(name, _METHODS, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(_METHODS)}"
-        raise MergeError(f"unknown method {name!r}", where="method", mend=mend) from None
+        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(_METHODS)}"
+        raise MergeError(f"unknown method {name!r}", where="method", hint=hint) from None

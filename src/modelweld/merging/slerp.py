@@ -21,7 +21,7 @@ def merge(stack: Tensor, *, t: float | None = None, weights: Weights | None = No
     """
     stack = stacked(stack)
     if stack.shape[0] != 2:
-        raise MergeError(f"slerp merges two models, not {stack.shape[0]}", mend="name exactly two in `models:`")
+        raise MergeError(f"slerp merges two models, not {stack.shape[0]}", hint="name exactly two in `models:`")
     return weighted_sum(stack, shares(gram(stack), t=t, weights=weights).to(stack.dtype))
 
 

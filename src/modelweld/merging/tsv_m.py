@@ -60,7 +60,7 @@ def merge_low_rank(
 def _kept(shape: Sequence[int], count: int, rank_share: float | None) -> int:
     share = 1 / count if rank_share is None else rank_share
     if not 0 < share <= 1:
-        raise MergeError(f"rank_share is {share}", mend="give a share above 0 and at most 1")
+        raise MergeError(f"rank_share is {share}", hint="give a share above 0 and at most 1")
     return max(int(min(shape) * share), 1)
 
 

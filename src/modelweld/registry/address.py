@@ -45,7 +45,7 @@ class DvcAddress:
             raise InputError(
                 f"this version does not say where its weights are: {', '.join(sorted(missing))} missing",
                 where=where,
-                mend="only versions that modelweld registered point into DVC",
+                hint="only versions that modelweld registered point into DVC",
             )
         return cls(**{key: found[key] for key in cls.__dataclass_fields__ if key in found})
 

@@ -37,7 +37,7 @@ def read(client: MlflowClient, name: str) -> dict[str, int]:
             raise InputError(
                 f"the alias {alias!r} differs from {alias.lower()!r} by case only",
                 where=name,
-                mend=f"delete it: MlflowClient().delete_registered_model_alias({name!r}, {alias!r})",
+                hint=f"delete it: MlflowClient().delete_registered_model_alias({name!r}, {alias!r})",
             )
     return {alias: int(found[alias]) for alias in OURS if alias in found}
 
@@ -65,7 +65,7 @@ def resolve(client: MlflowClient, name: str, wanted: str) -> int:
     if not re.fullmatch(r"v?[1-9][0-9]*", word):
         standing = ", ".join(f"{alias} → {number}" for alias, number in aliases.items()) or "none is set"
         raise InputError(
-            f"no version or alias {wanted!r}", where=name, mend=f"a version's number, or an alias: {standing}"
+            f"no version or alias {wanted!r}", where=name, hint=f"a version's number, or an alias: {standing}"
         )
     number = int(word.removeprefix("v"))
     try:
@@ -73,7 +73,7 @@ def resolve(client: MlflowClient, name: str, wanted: str) -> int:
     except MlflowException as error:
         if absent(error):
             raise InputError(
-                f"there is no version {number}", where=name, mend="`mlflow ui` lists the versions"
+                f"there is no version {number}", where=name, hint="`mlflow ui` lists the versions"
             ) from error
         raise
     return number
@@ -81,4 +81,4 @@ def resolve(client: MlflowClient, name: str, wanted: str) -> int:
 
 def unknown_model(name: str) -> InputError:
     """The error for a model that nobody registered."""
-    return InputError("no such registered model", where=name, mend="`modelweld register`, or name another with --name")
+    return InputError("no such registered model", where=name, hint="`modelweld register`, or name another with --name")

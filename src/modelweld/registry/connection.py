@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PING_TIMEOUT_S = (3.0, 10.0)
 COMPLETE_LATER = (
-    "nothing is lost: start MLflow or mend MLFLOW_TRACKING_URI, then try again; `modelweld register` finishes a run"
+    "nothing is lost: start MLflow or correct MLFLOW_TRACKING_URI, then try again; `modelweld register` finishes a run"
 )
 
 
@@ -48,12 +48,12 @@ def guarded(uri: str) -> Iterator[None]:
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         message = str(error).strip().splitlines()
         raise RegistryUnavailable(
-            f"MLflow failed: {message[0] if message else type(error).__name__}", where=uri, mend=COMPLETE_LATER
+            f"MLflow failed: {message[0] if message else type(error).__name__}", where=uri, hint=COMPLETE_LATER
         ) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DiskFull("no space left for MLflow's files", where=error.filename or uri) from error
-        raise RegistryUnavailable(f"MLflow's files failed: {error}", where=uri, mend=COMPLETE_LATER) from error
+        raise RegistryUnavailable(f"MLflow's files failed: {error}", where=uri, hint=COMPLETE_LATER) from error
 
 
 def absent(error: Any) -> bool:
@@ -79,16 +79,16 @@ def _ping(uri: str) -> None:
             requests.get(f"{uri.rstrip('/')}/health", timeout=PING_TIMEOUT_S)
         except requests.exceptions.RequestException as error:
             raise RegistryUnavailable(
-                f"no MLflow server answers: {type(error).__name__}", where=uri, mend=COMPLETE_LATER
+                f"no MLflow server answers: {type(error).__name__}", where=uri, hint=COMPLETE_LATER
             ) from error
     database = _sqlite_file(uri)
     if database is None:
         return
     if not database.parent.is_dir():
-        raise RegistryUnavailable("the directory of MLflow's database is missing", where=uri, mend=COMPLETE_LATER)
+        raise RegistryUnavailable("the directory of MLflow's database is missing", where=uri, hint=COMPLETE_LATER)
     target = database if database.exists() else database.parent
     if not os.access(target, os.W_OK):
-        raise RegistryUnavailable(f"{target} is not writable", where=uri, mend=COMPLETE_LATER)
+        raise RegistryUnavailable(f"{target} is not writable", where=uri, hint=COMPLETE_LATER)
 
 
 def _sqlite_file(uri: str) -> Path | None:

@@ -115,7 +115,7 @@ class Ledger:
             git(self.root, "push", "--quiet", remote, f"{self.ref}:{self.ref}")
         except WorkspaceError as error:
             raise WorkspaceError(
-                f"the ledger was not pushed: {error.what}", where=self.branch, mend=f"`git fetch {remote}`, then again"
+                f"the ledger was not pushed: {error.what}", where=self.branch, hint=f"`git fetch {remote}`, then again"
             ) from error
 
     def _tip(self) -> str | None:
@@ -130,7 +130,7 @@ class Ledger:
                 raise WorkspaceError(
                     "the ledger here and on a remote have parted: someone appended to both",
                     where=self.branch,
-                    mend=f"keep the pushed one (`git branch -f {self.branch} origin/{self.branch}`), then again",
+                    hint=f"keep the pushed one (`git branch -f {self.branch} origin/{self.branch}`), then again",
                 )
         return tip
 
@@ -141,7 +141,7 @@ class Ledger:
 
     def _raced(self) -> WorkspaceError:
         return WorkspaceError(
-            "another process appended to the ledger meanwhile", where=self.branch, mend="run the same command again"
+            "another process appended to the ledger meanwhile", where=self.branch, hint="run the same command again"
         )
 
 
@@ -163,5 +163,5 @@ def _broken(what: str, where: str) -> WorkspaceError:
     return WorkspaceError(
         f"the ledger was tampered with or damaged: {what}",
         where=where,
-        mend=f"compare with another clone: `git log {where}`, `git reflog {where}`",
+        hint=f"compare with another clone: `git log {where}`, `git reflog {where}`",
     )

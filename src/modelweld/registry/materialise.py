@@ -49,10 +49,10 @@ def materialise(address: DvcAddress, cache: Path | None = None) -> Path:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DiskFull(
-                "no space left for the weights", where=str(models), mend="set MODELWELD_CACHE_DIR"
+                "no space left for the weights", where=str(models), hint="set MODELWELD_CACHE_DIR"
             ) from error
         raise WorkspaceError(
-            f"the local copy failed: {error}", where=str(models), mend="set MODELWELD_CACHE_DIR"
+            f"the local copy failed: {error}", where=str(models), hint="set MODELWELD_CACHE_DIR"
         ) from error
     return place
 
@@ -127,7 +127,7 @@ def _reachable(address: DvcAddress) -> str:
     raise WorkspaceError(
         "the project this version was registered from is not here",
         where=address.repo,
-        mend="clone it and set MODELWELD_DVC_REPO to the clone (or to its git URL)",
+        hint="clone it and set MODELWELD_DVC_REPO to the clone (or to its git URL)",
     )
 
 
@@ -142,14 +142,14 @@ def _dvc_get(repo: str, address: DvcAddress, out: Path) -> None:
     said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     message = " ".join(said) or f"`dvc get` left with exit code {done.returncode}"
     if "No space left" in message:
-        raise DiskFull("no space left for the weights", where=str(out.parent), mend="set MODELWELD_CACHE_DIR")
+        raise DiskFull("no space left for the weights", where=str(out.parent), hint="set MODELWELD_CACHE_DIR")
     if "SCM error" in message or "unknown Git revision" in message:
-        mend = "push the record's tag there, or set MODELWELD_DVC_REPO to a repository that has it"
-        raise WorkspaceError(message, where=str(address), mend=mend)
+        hint = "push the record's tag there, or set MODELWELD_DVC_REPO to a repository that has it"
+        raise WorkspaceError(message, where=str(address), hint=hint)
     raise RemoteUnavailable(
         f"DVC did not bring it: {message}",
         where=str(address),
-        mend="check the DVC remote, or `dvc push` from where it was made",
+        hint="check the DVC remote, or `dvc push` from where it was made",
     )
 
 
@@ -162,5 +162,5 @@ def _differs(what: str, directory: Path, address: DvcAddress) -> CheckpointError
     return CheckpointError(
         f"{what} is not what was registered",
         where=f"{directory} from {address}",
-        mend="the local copy is dropped, try again; if it stays so the DVC remote is damaged: `modelweld rederive`",
+        hint="the local copy is dropped, try again; if it stays so the DVC remote is damaged: `modelweld rederive`",
     )

@@ -64,11 +64,11 @@ class Predictor:
         known = ", ".join(sorted(self.tasks))
         if task:
             if task not in self.tasks:
-                raise InputError(f"no head for task {task!r}", where="params", mend=f"one of: {known}")
+                raise InputError(f"no head for task {task!r}", where="params", hint=f"one of: {known}")
             return task
         if len(self.tasks) != 1:
-            mend = f'predict(rows, params={{"task": …}}) with one of: {known}'
-            raise InputError("this model has several heads; say which", where="params", mend=mend)
+            hint = f'predict(rows, params={{"task": …}}) with one of: {known}'
+            raise InputError("this model has several heads; say which", where="params", hint=hint)
         return next(iter(self.tasks))
 
     def _load(self, task: str) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ def _texts(rows: Any) -> list[str]:
     if isinstance(rows, pd.DataFrame):
         if TEXT not in rows.columns:
             columns = ", ".join(str(column) for column in rows.columns)
-            raise InputError(f"no column {TEXT!r} among: {columns}", where="model_input", mend=f"rename it to {TEXT!r}")
+            raise InputError(f"no column {TEXT!r} among: {columns}", where="model_input", hint=f"rename it to {TEXT!r}")
         rows = rows[TEXT]
     if isinstance(rows, Mapping):
         return _texts(pd.DataFrame(rows))

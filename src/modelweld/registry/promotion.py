@@ -139,7 +139,7 @@ def promote(
     """
     target = to.lower()
     if target not in (CHAMPION, CHALLENGER):
-        raise InputError(f"cannot promote to {to!r}", where=registry.name, mend=f"--to {CHAMPION} or --to {CHALLENGER}")
+        raise InputError(f"cannot promote to {to!r}", where=registry.name, hint=f"--to {CHAMPION} or --to {CHALLENGER}")
     with _transition(registry, at, actor) as standing:
         before = dict(standing)
         version = aliases.resolve(registry.client, registry.name, wanted)
@@ -167,8 +167,8 @@ def rollback(registry: Registry, *, at: datetime, actor: str, reason: str | None
     with _transition(registry, at, actor) as standing:
         before = dict(standing)
         if PREVIOUS not in standing:
-            mend = "promote a version that you trust: `modelweld promote VERSION`"
-            raise InputError("there is no previous champion to go back to", where=registry.name, mend=mend)
+            hint = "promote a version that you trust: `modelweld promote VERSION`"
+            raise InputError("there is no previous champion to go back to", where=registry.name, hint=hint)
         version = standing.pop(PREVIOUS)
         _require_weights(registry, version)
         earlier = _champion_before(registry, version)
@@ -192,7 +192,7 @@ def _transition(registry: Registry, at: datetime, actor: str) -> Iterator[dict[s
             yield standing
     except Timeout as error:
         raise WorkspaceError(
-            "another promotion or rollback has not ended", where=registry.name, mend="wait for it and try again"
+            "another promotion or rollback has not ended", where=registry.name, hint="wait for it and try again"
         ) from error
 
 
@@ -261,8 +261,8 @@ def _require_gate(registry: Registry, version: int, champion: int | None, overri
         return
     tags = registry.version(version).tags
     if GATE not in tags:
-        mend = "`modelweld register` runs the gate; --override REASON does without and says so in the ledger"
-        raise GateRefused(f"version {version} never passed the gate", where=registry.name, mend=mend)
+        hint = "`modelweld register` runs the gate; --override REASON does without and says so in the ledger"
+        raise GateRefused(f"version {version} never passed the gate", where=registry.name, hint=hint)
     decision = _decision_of(registry.version(version))
     if champion is not None and champion != version and tags.get(AGAINST) != str(champion):
         # The champion has changed since: the old verdict compared it with another one.
@@ -271,7 +271,7 @@ def _require_gate(registry: Registry, version: int, champion: int | None, overri
         raise GateRefused(
             f"version {version} does not pass the gate: {'; '.join(decision.explain().splitlines())}",
             where=registry.name,
-            mend="merge better, or --override REASON, which the ledger keeps",
+            hint="merge better, or --override REASON, which the ledger keeps",
         )
 
 

@@ -138,7 +138,7 @@ def _locked_md5(lock: str, record: Record) -> str:
             if out["path"] == OUT:
                 return str(out["md5"])
     raise WorkspaceError(
-        f"dvc.lock has no output {OUT!r}", where=record.tag, mend="run the merge stage, and record again"
+        f"dvc.lock has no output {OUT!r}", where=record.tag, hint="run the merge stage, and record again"
     )
 
 
@@ -149,7 +149,7 @@ def _scoreboard(record: Record, params: Mapping[str, Any]) -> Scoreboard:
         raise WorkspaceError(
             f"tasks without scores: {', '.join(missing)}",
             where=record.tag,
-            mend="run the evaluate stages, and record again",
+            hint="run the evaluate stages, and record again",
         )
     return {task: json.loads(record.read(f"scores/{task}.json")) for task in tasks}
 

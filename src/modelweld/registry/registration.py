@@ -133,7 +133,7 @@ def _require_whole(registration: Registration) -> None:
         raise InputError(
             "the merge was kept as an adapter, and a version has to serve without its base",
             where=registration.record,
-            mend="merge with `output: {adapter: fold}` to register it, or run with --no-register",
+            hint="merge with `output: {adapter: fold}` to register it, or run with --no-register",
         )
 
 

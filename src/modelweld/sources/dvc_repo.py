@@ -24,7 +24,7 @@ class DvcPath(Upstream):
         super().__init__(address, where)
         parts = _ADDRESS.match(address)
         if parts is None:
-            raise SourceError(f"{address} is not dvc://repo@rev:path", where=where, mend="dvc://../zoo@v1:models/a")
+            raise SourceError(f"{address} is not dvc://repo@rev:path", where=where, hint="dvc://../zoo@v1:models/a")
         self._repo = parts["repo"]
         self._rev = parts["rev"]
         self._path = parts["path"].strip("/")
@@ -80,7 +80,7 @@ class DvcPath(Upstream):
             raise SourceUnavailable(
                 f"{self._repo} cannot be cloned: {error}",
                 where=self.where,
-                mend="check the address, the network, and that git may read it without asking",
+                hint="check the address, the network, and that git may read it without asking",
             ) from error
         except (FileNotFoundError, DataIndexDirError) as error:
             raise self.gone(
@@ -93,5 +93,5 @@ class DvcPath(Upstream):
             raise SourceUnavailable(
                 f"the DVC remote of {self._repo} did not answer: {error}",
                 where=self.where,
-                mend="check the network, then run it again: it goes on where it stopped",
+                hint="check the network, then run it again: it goes on where it stopped",
             ) from error

@@ -123,8 +123,8 @@ def _bring(upstream: Upstream, staging: Path, name: str, file: PinnedFile, entry
         raise SourceError(
             f"{name}: not what was pinned (SHA-256 {digest.hexdigest()[:16]}…, pinned {file.sha256[:16]}…)",
             where=f"{entry.key} ({entry.resolved})",
-            mend="upstream changed: look at it, then `modelweld pin` accepts it; an unchanged upstream was damaged "
-            "on its way, and fetching again mends that",
+            hint="upstream changed: look at it, then `modelweld pin` accepts it; an unchanged upstream was damaged "
+            "on its way, and fetching again corrects that",
         )
     return transferred
 
@@ -133,7 +133,7 @@ def _already(path: Path, file: PinnedFile) -> tuple[int, hashlib._Hash]:
     """How much of the file is staged, and the running digest of that; a longer file is somebody else's."""
     digest = hashlib.sha256()
     if path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_size > file.size_bytes)):
-        raise SourceError(f"{path} is not what a fetch left there", where=path.name, mend=f"remove {path}")
+        raise SourceError(f"{path} is not what a fetch left there", where=path.name, hint=f"remove {path}")
     if not path.exists():
         return 0, digest
     have = 0
@@ -181,7 +181,7 @@ def _rewrite_pickles(entry: Pinned, staging: Path) -> None:
         raise SourceError(
             f"pickled weights in the lock ({', '.join(pickled)})",
             where=entry.key,
-            mend="set `allow_pickle: true` for this source in params.yaml and run `modelweld pin`",
+            hint="set `allow_pickle: true` for this source in params.yaml and run `modelweld pin`",
         )
     # torch is imported for this only: the other fetches start ten times faster without it.
     from modelweld.checkpoints.pickles import rewrite_pickles
@@ -231,7 +231,7 @@ def _disk_trouble(entry: Pinned, destination: Path) -> Iterator[None]:
             raise WorkspaceError(
                 f"cannot be written: {error.strerror}",
                 where=str(error.filename or destination),
-                mend="give this user the right to write there, or run in a directory that is not read-only",
+                hint="give this user the right to write there, or run in a directory that is not read-only",
             ) from error
         raise
 
@@ -240,5 +240,5 @@ def _disk_full(entry: Pinned, place: Path, needed: int, free: int) -> DiskFull:
     return DiskFull(
         f"{needed:,} bytes are needed, {free:,} are free",
         where=f"{entry.key}, on the disk of {place.parent}",
-        mend="free some space; the fetch goes on where it stopped",
+        hint="free some space; the fetch goes on where it stopped",
     )

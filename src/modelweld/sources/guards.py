@@ -26,7 +26,7 @@ def refuse_secrets(uri: str, where: str) -> None:
         raise SourceError(
             f"credentials inside an address ({uri.partition('://')[0]}://…)",
             where=where,
-            mend="take them out: HF_TOKEN, AWS_ACCESS_KEY_ID/AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_TOKEN and the "
+            hint="take them out: HF_TOKEN, AWS_ACCESS_KEY_ID/AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_TOKEN and the "
             "like are read from the environment, and sources.lock.json is committed",
         )
 
@@ -44,6 +44,6 @@ def safe_name(name: str, where: str) -> str:
     )
     if unsafe:
         raise SourceError(
-            f"unsafe file name {name!r}", where=where, mend="a source's files must lie inside its own directory"
+            f"unsafe file name {name!r}", where=where, hint="a source's files must lie inside its own directory"
         )
     return name

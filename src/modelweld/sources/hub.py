@@ -40,9 +40,9 @@ class HubRepository(Upstream):
         try:
             self._uri = parse_hf_uri(address)
         except HfUriError as error:
-            raise SourceError(str(error), where=where, mend="hf://org/name@revision") from error
+            raise SourceError(str(error), where=where, hint="hf://org/name@revision") from error
         if self._uri.type not in ("model", "dataset"):
-            raise SourceError(f"a {self._uri.type} of the Hub is no source", where=where, mend="hf://org/name@revision")
+            raise SourceError(f"a {self._uri.type} of the Hub is no source", where=where, hint="hf://org/name@revision")
         self._revision = self._uri.revision
         # False keeps a login stored on this machine out of it: what a run may read is said by its environment.
         self._token: str | bool = os.environ.get("HF_TOKEN") or False
@@ -127,7 +127,7 @@ class HubRepository(Upstream):
             yield
         except OfflineModeIsEnabled as error:
             raise SourceUnavailable(
-                "the Hub is switched off", where=self.where, mend="unset HF_HUB_OFFLINE, or use a local path"
+                "the Hub is switched off", where=self.where, hint="unset HF_HUB_OFFLINE, or use a local path"
             ) from error
         except RevisionNotFoundError as error:
             raise self.gone(f"{self._uri.id} has no revision {self._uri.revision!r}") from error
@@ -150,7 +150,7 @@ class HubRepository(Upstream):
         return SourceUnavailable(
             f"the Hub did not answer: {_first_line(error)}",
             where=f"{self.where} ({self.address})",
-            mend="check the network and HF_ENDPOINT, then run it again: it goes on where it stopped",
+            hint="check the network and HF_ENDPOINT, then run it again: it goes on where it stopped",
         )
 
 

@@ -27,7 +27,7 @@ def card_licence(upstream: Upstream, files: Mapping[str, Listed]) -> str | None:
         raise SourceError(
             f"README.md is not a readable model card: {error}",
             where=upstream.where,
-            mend="mend its front matter, or name the `licence:` in params.yaml",
+            hint="fix its front matter, or name the `licence:` in params.yaml",
         ) from error
 
 

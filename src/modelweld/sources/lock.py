@@ -88,7 +88,7 @@ def read_lock(path: Path) -> Lock | None:
         raise SourceError(
             f"not a lock of sources: {where + ': ' if where else ''}{first['msg']}",
             where=str(path),
-            mend="restore it from git, or delete it and run `modelweld pin`",
+            hint="restore it from git, or delete it and run `modelweld pin`",
         ) from error
 
 

@@ -37,7 +37,7 @@ class MlflowModel(Upstream):
         super().__init__(address, where)
         parts = _ADDRESS.match(address)
         if parts is None:
-            raise SourceError(f"{address} names no version", where=where, mend="models:/name@alias or models:/name/3")
+            raise SourceError(f"{address} names no version", where=where, hint="models:/name@alias or models:/name/3")
         self._name, self._alias, self._number = parts["name"], parts["alias"], parts["version"]
         self._project_root = project_root.absolute()
 
@@ -90,7 +90,7 @@ class MlflowModel(Upstream):
             raise SourceError(
                 "there is no MLflow here",
                 where=self.where,
-                mend="set MLFLOW_TRACKING_URI to the server that holds the model",
+                hint="set MLFLOW_TRACKING_URI to the server that holds the model",
             )
         return named or f"sqlite:///{database}"
 
@@ -177,7 +177,7 @@ class MlflowModel(Upstream):
             raise SourceUnavailable(
                 f"MLflow did not answer: {first}",
                 where=f"{self.where} ({self.address})",
-                mend="check that the server at MLFLOW_TRACKING_URI is up, then run it again",
+                hint="check that the server at MLFLOW_TRACKING_URI is up, then run it again",
             ) from error
 
 

@@ -50,7 +50,7 @@ def select(names: Iterable[str], kind: Kind, allow_pickle: bool, where: str) -> 
         skipped.update(dict.fromkeys(pickles, "pickle"))
         if not any(PurePosixPath(name).suffix.lower() in {".parquet", ".csv", ".tsv", ".jsonl"} for name in chosen):
             raise SourceError(
-                f"no data files{_of(pickles)}", where=where, mend="keep one .parquet, .csv or .jsonl file a split"
+                f"no data files{_of(pickles)}", where=where, hint="keep one .parquet, .csv or .jsonl file a split"
             )
         return Selection(tuple(chosen), dict(sorted(skipped.items())))
     if any(name.endswith(".safetensors") for name in chosen):
@@ -64,14 +64,14 @@ def select(names: Iterable[str], kind: Kind, allow_pickle: bool, where: str) -> 
             raise SourceError(
                 f"the weights are pickled{_of(pickles)}: reading a pickle can run code",
                 where=where,
-                mend="pin a revision that holds safetensors, or set `allow_pickle: true` for this source if you trust "
+                hint="pin a revision that holds safetensors, or set `allow_pickle: true` for this source if you trust "
                 "it; it is then read with weights_only=True and rewritten as safetensors",
             )
         if not weights:
             raise SourceError(
                 f"no weights{_of(pickles)}",
                 where=where,
-                mend="a model is a Hugging Face directory: config.json beside model.safetensors",
+                hint="a model is a Hugging Face directory: config.json beside model.safetensors",
             )
         chosen += weights
         skipped.update({name: "pickle, not weights" for name in pickles if name not in weights})

@@ -65,9 +65,9 @@ class Upstream(ABC):
         part = replace(listed, size_bytes=min(count, listed.size_bytes))
         return first_bytes(self.read(name, part), part.size_bytes)
 
-    def gone(self, what: str, mend: str = "check the address and its revision in params.yaml") -> SourceError:
+    def gone(self, what: str, hint: str = "check the address and its revision in params.yaml") -> SourceError:
         """The error for something that is not there."""
-        return SourceError(what, where=self.where, mend=mend)
+        return SourceError(what, where=self.where, hint=hint)
 
 
 def first_bytes(blocks: Generator[bytes, None, None], count: int) -> bytes:
@@ -91,7 +91,7 @@ def open_upstream(address: str, project_root: Path, where: str) -> Upstream:
 
         return LocalPath(address, project_root, where)
     if "::" in address:
-        raise SourceError("chained addresses are not sources", where=where, mend="unpack the archive upstream")
+        raise SourceError("chained addresses are not sources", where=where, hint="unpack the archive upstream")
     match scheme:
         case "file" | "local":
             from modelweld.sources.local import LocalPath

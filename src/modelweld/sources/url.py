@@ -48,13 +48,13 @@ class FsspecUrl(Upstream):
             raise SourceError(
                 f"{self._scheme}:// needs a package that is not installed ({error})",
                 where=self.where,
-                mend=f"pip install '{package}'",
+                hint=f"pip install '{package}'",
             ) from error
         except ValueError as error:
             raise SourceError(
                 f"{self._scheme}:// is no kind of source: {error}",
                 where=self.where,
-                mend="use a path, hf://, models:/, dvc:// or an fsspec URL such as s3://",
+                hint="use a path, hf://, models:/, dvc:// or an fsspec URL such as s3://",
             ) from error
         return fs, str(path)
 
@@ -217,7 +217,7 @@ class FsspecUrl(Upstream):
             raise SourceUnavailable(
                 f"no answer: {_first_line(cause)}",
                 where=f"{self.where} ({self.address})",
-                mend="check the network and the endpoint, then run it again: it goes on where it stopped",
+                hint="check the network and the endpoint, then run it again: it goes on where it stopped",
             ) from error
 
 

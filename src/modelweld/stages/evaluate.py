@@ -94,7 +94,7 @@ def evaluate(task: str, params_file: Path, root: Path) -> dict[str, Any]:
     """
     params = load_params(params_file)
     if task not in params.tasks:
-        raise ConfigError(f"no task {task!r}", where=str(params_file), mend=f"one of: {', '.join(params.tasks)}")
+        raise ConfigError(f"no task {task!r}", where=str(params_file), hint=f"one of: {', '.join(params.tasks)}")
     sample = Sample.of(params.tasks[task], root)
     expert, base = root / "models" / params.tasks[task].model, root / "models" / "base"
     trial = Trial(
@@ -129,7 +129,7 @@ def evaluate_model(
     heads = tasks(model)
     if heads and task not in heads:
         missing = "it holds several heads" if task is None else f"no head for task {task!r}"
-        raise ConfigError(missing, where=str(model), mend=f"--task: one of {', '.join(heads)}")
+        raise ConfigError(missing, where=str(model), hint=f"--task: one of {', '.join(heads)}")
     own = base_for(model, base, root)
     classes = classes_of(model, task if heads else None, own)
     trial = Trial(
@@ -145,7 +145,7 @@ def evaluate_model(
     theirs = base_for(expert, base, root)
     if classes_of(expert, base=theirs) != classes:
         raise CheckpointError(
-            "its classes are not those of the model", where=str(expert), mend="name the expert of this very task"
+            "its classes are not those of the model", where=str(expert), hint="name the expert of this very task"
         )
     return _run(trial, [System(EXPERT, expert, base=theirs), system], how, EXPERT).scores
 
@@ -171,7 +171,7 @@ def asked(
         known = Sample(dataset=str(said["dataset"]))
     else:
         raise ConfigError(
-            "nothing says which dataset", where=str(params_file), mend="--dataset, or --task with a key of `tasks:`"
+            "nothing says which dataset", where=str(params_file), hint="--dataset, or --task with a key of `tasks:`"
         )
     return replace(known, **said), how
 
@@ -263,7 +263,7 @@ def _check_classes(model: Any, space: LabelSpace, system: System) -> None:
         raise CheckpointError(
             f"its head has the classes {list(own.names)}, the expert's {list(space.names)}",
             where=str(system.backbone),
-            mend="merge again: heads are taken from the experts as they are",
+            hint="merge again: heads are taken from the experts as they are",
         )
 
 
@@ -273,7 +273,7 @@ def _systems(task: str, expert: Path, root: Path) -> list[System]:
     for path in baselines:
         if path.name in RESERVED:
             raise ConfigError(
-                f"a baseline may not be named {path.name!r}", where="baselines", mend="give it another name"
+                f"a baseline may not be named {path.name!r}", where="baselines", hint="give it another name"
             )
     base = root / "models" / "base"
     return [
@@ -291,7 +291,7 @@ def classes_of(model: Path, task: str | None = None, base: Path | None = None) -
         raise InputError(
             "no config.json, so nothing says which classes its head has",
             where=str(model),
-            mend="name a task that the model has a head for: the folders of heads/",
+            hint="name a task that the model has a head for: the folders of heads/",
         )
     return LabelSpace.from_config(document, str(model))
 
@@ -331,5 +331,5 @@ def _writing(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("no space left for scores and predictions", where=str(root), mend="free space") from error
+            raise DiskFull("no space left for scores and predictions", where=str(root), hint="free space") from error
         raise InputError(f"cannot be written: {error.strerror}", where=str(error.filename or root)) from error

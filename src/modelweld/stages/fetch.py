@@ -21,13 +21,13 @@ def fetch(key: str, root: Path) -> dict[str, Any]:
     """
     lock = read_lock(root / LOCK_NAME)
     if lock is None:
-        raise SourceError("nothing is pinned yet", where=str(root / LOCK_NAME), mend="run `modelweld pin`")
+        raise SourceError("nothing is pinned yet", where=str(root / LOCK_NAME), hint="run `modelweld pin`")
     entry = lock.pinned.get(key)
     if entry is None:
         raise SourceError(
             f"no entry {key!r}; there are {', '.join(sorted(lock.pinned))}",
             where=str(root / LOCK_NAME),
-            mend="run `modelweld pin` after adding the source to params.yaml",
+            hint="run `modelweld pin` after adding the source to params.yaml",
         )
     path = safe_name(entry.path, key)
     done = fetch_entry(entry, root / path, project_root(root))

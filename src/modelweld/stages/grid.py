@@ -54,7 +54,7 @@ def merge_grid(
     """
     if recipe.alignment is not None:
         raise ConfigError(
-            "a grid does not align its experts", where="align", mend="merge one combination at a time, without --grid"
+            "a grid does not align its experts", where="align", hint="merge one combination at a time, without --grid"
         )
     recipes = candidates(recipe, grid)
     root = Path(out)
@@ -96,12 +96,12 @@ def candidates(recipe: Recipe, grid: Grid) -> dict[str, Recipe]:
             raise ConfigError(
                 f"{recipe.method_name} has no parameter {axis!r}",
                 where="grid",
-                mend=f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}",
+                hint=f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}",
             )
         if not values or len({str(value) for value in values}) != len(values):
             raise ConfigError(f"{axis} has no values, or one twice: {values}", where="grid")
     if not grid:
-        raise ConfigError("no axis to vary", where="grid", mend="--grid drop_rate=0.5,0.8,0.9")
+        raise ConfigError("no axis to vary", where="grid", hint="--grid drop_rate=0.5,0.8,0.9")
     found = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))

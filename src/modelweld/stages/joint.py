@@ -50,14 +50,14 @@ def evaluate_joint(model: Path, params_file: Path, changes: Mapping[str, Any], m
     root, heads = params_file.parent, tasks(model)
     if len(heads) < 2:
         raise ConfigError(
-            "a joint label space takes two heads or more", where=str(model), mend="name a merged directory"
+            "a joint label space takes two heads or more", where=str(model), hint="name a merged directory"
         )
     for task in heads:
         if task not in params.tasks or params.tasks[task].kind != "image-classification":
             raise ConfigError(
                 f"head {task!r} has no image task",
                 where=f"{params_file}: tasks",
-                mend="give it kind: image-classification",
+                hint="give it kind: image-classification",
             )
     said = {key: value for key, value in changes.items() if value is not None}
     samples = {task: replace(Sample.of(params.tasks[task], root), **said) for task in heads}
@@ -88,7 +88,7 @@ class _Rows:
         for task, sample in samples.items():
             found = sample.read()
             if not isinstance(found, ImageSet):
-                raise ConfigError(f"task {task} has texts", where="--kind", mend="score texts task by task")
+                raise ConfigError(f"task {task} has texts", where="--kind", hint="score texts task by task")
             sets[task] = found
         return cls(sets, {task: classes_of(model, task) for task in samples})
 

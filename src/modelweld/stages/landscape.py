@@ -21,7 +21,7 @@ from modelweld.lineage import manifest
 from modelweld.merging.engine import Inputs, open_inputs
 from modelweld.merging.engine.inputs import Expert, task_of
 from modelweld.stages.align.members import model_of
-from modelweld.stages.align.repairing import mended
+from modelweld.stages.align.repairing import recompute_statistics
 from modelweld.stages.align.rows import Calibration, accuracy_on, calibration_of
 from modelweld.stages.plan import recipe_in
 from modelweld.stages.plane import Order, Plane, corners_of
@@ -47,7 +47,7 @@ def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200)
     with ExitStack() as opened:
         inputs = opened.enter_context(open_inputs(recipe))
         if len(inputs.experts) < 2 or not all(expert.alignment.head for expert in inputs.experts[:2]):
-            raise ConfigError("a landscape needs two experts with heads", where="merge.models", mend="name them")
+            raise ConfigError("a landscape needs two experts with heads", where="merge.models", hint="name them")
         order = Order.of(settings, inputs, merged, root)
         plane = Plane.through(*corners_of(inputs, order, opened.enter_context(Checkpoint.open(merged))))
         trials = [_Trial(params, settings, expert, inputs, root) for expert in inputs.experts[:2]]
@@ -81,7 +81,7 @@ def kept_landscape(root: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"is no landscape: {error}", where=str(root / FILE), mend="delete it") from error
+        raise InputError(f"is no landscape: {error}", where=str(root / FILE), hint="delete it") from error
     return document if document.get("of") == _identity(root / "merged") else None
 
 
@@ -95,7 +95,7 @@ class _Trial:
     def __init__(self, params: Params, settings: Align, expert: Expert, inputs: Inputs, root: Path) -> None:
         self.task = task_of(expert)
         if self.task not in params.tasks:
-            raise ConfigError(f"no task {self.task!r} is known", where="tasks", mend="name its dataset in params.yaml")
+            raise ConfigError(f"no task {self.task!r} is known", where="tasks", hint="name its dataset in params.yaml")
         spec = params.tasks[self.task]
         image = spec.image if spec.kind == "image-classification" else None
         where = str(root / "datasets" / spec.dataset)
@@ -113,7 +113,7 @@ class _Trial:
         live = {self._modules[name]: tensor for name, tensor in state.items() if name in self._modules}
         self._model.load_state_dict(live, strict=False)
         if self._calibration is not None:
-            mended(self._model, self._calibration)
+            recompute_statistics(self._model, self._calibration)
         return self._accuracy(self._model)
 
     def _batches(self, settings: Align, inputs: Inputs) -> Calibration | None:

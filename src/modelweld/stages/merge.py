@@ -197,7 +197,7 @@ def _pinned(root: Path) -> dict[str, Mapping[str, Any]]:
         pinned = json.loads(file.read_text(encoding="utf-8"))["pinned"]
         return {entry["name"]: entry for entry in pinned.values() if entry["kind"] == "model"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"is not a lock file: {error}", where=str(file), mend="run `modelweld pin`") from error
+        raise ConfigError(f"is not a lock file: {error}", where=str(file), hint="run `modelweld pin`") from error
 
 
 def report_of(

@@ -162,7 +162,7 @@ class Foresight:
                 MergeError(
                     f"the merge needs {_size(self.memory_bytes)} of memory, {_size(self.memory_available)} are free",
                     where="plan",
-                    mend="use fewer --threads, or give large tensors an element-wise method by a rule",
+                    hint="use fewer --threads, or give large tensors an element-wise method by a rule",
                 )
             )
         if self.device_memory_available is not None and self.device_memory_bytes > self.device_memory_available:
@@ -171,7 +171,7 @@ class Foresight:
                     f"the largest tensor needs {_size(self.device_memory_bytes)} on {self.device}, "
                     f"{_size(self.device_memory_available)} are free",
                     where="plan",
-                    mend="use --device cpu",
+                    hint="use --device cpu",
                 )
             )
         if self.disk_bytes > self.disk_free:
@@ -179,7 +179,7 @@ class Foresight:
                 DiskFull(
                     f"it takes {_size(self.disk_bytes)} of disk{self._disk_parts()}, {_size(self.disk_free)} are free",
                     where="plan",
-                    mend="free space, or name an output on another disk",
+                    hint="free space, or name an output on another disk",
                 )
             )
         return found
@@ -271,7 +271,7 @@ def recipe_in(file: Path) -> Recipe:
         raise ConfigError(
             f"{len(missing)} models are not here yet, first {missing[0]}",
             where=str(file),
-            mend="bring them: `modelweld pin`, then `dvc repro fetch`",
+            hint="bring them: `modelweld pin`, then `dvc repro fetch`",
         )
     align = rooted(recipe.align, root)
     return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models, "align": align})

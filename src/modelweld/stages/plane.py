@@ -45,7 +45,7 @@ class Order:
         document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mode": "none", "groups": {}}
         if document["mode"] == "zip":
             raise ConfigError(
-                "no permutation leads from an expert to a zipped merge", where="align.mode", mend="use mode: align"
+                "no permutation leads from an expert to a zipped merge", where="align.mode", hint="use mode: align"
             )
         if not document["groups"]:
             return cls((NOTHING, NOTHING), ({}, {}))
@@ -107,7 +107,7 @@ class Plane:
         raise InputError(
             "the merge lies on the line between the experts: three models on a line span no plane",
             where=MERGE,
-            mend="name the base that they were finetuned from: it is taken as the third point",
+            hint="name the base that they were finetuned from: it is taken as the third point",
         )
 
     def at(self, across: float, height: float, expert: int, names: Mapping[str, str]) -> dict[str, Tensor]:

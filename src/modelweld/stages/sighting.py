@@ -70,7 +70,7 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
             raise ConfigError(
                 f"cannot be looked at before they are fetched: {reasons}",
                 where="models",
-                mend=f"`modelweld pin`, then `dvc repro {' '.join(f'fetch@model-{name}' for name in unseen)}`",
+                hint=f"`modelweld pin`, then `dvc repro {' '.join(f'fetch@model-{name}' for name in unseen)}`",
             )
         for name, source in params.datasets.items():
             if not (root / "datasets" / name).exists():

@@ -73,7 +73,7 @@ def symmetry_of(model: Path, root: Path) -> Symmetry:
 
     file = model / "config.json" if model.is_dir() else model
     if not file.is_file():
-        raise ConfigError("no such file", where=str(file), mend="name a Hugging Face directory or its config.json")
+        raise ConfigError("no such file", where=str(file), hint="name a Hugging Face directory or its config.json")
     try:
         config = AutoConfig.from_pretrained(file, local_files_only=True)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
@@ -104,20 +104,20 @@ def derived(config: Any, root: Path) -> Spec:
 
 def given(file: Path) -> Spec:
     """The spec that somebody wrote by hand; MergeError for a file that is none, or whose groups do not fit."""
-    mend = "`modelweld symmetry MODEL --spec FILE` writes one to start from"
+    hint = "`modelweld symmetry MODEL --spec FILE` writes one to start from"
     try:
         return Spec.from_json(file.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise MergeError(
-            f"is not a symmetry spec: {place or 'the file'}: {first['msg']}", where=str(file), mend=mend
+            f"is not a symmetry spec: {place or 'the file'}: {first['msg']}", where=str(file), hint=hint
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise MergeError(f"cannot be read: {reason}", where=str(file), mend=mend) from error
+        raise MergeError(f"cannot be read: {reason}", where=str(file), hint=hint) from error
     except MergeError as error:
-        raise MergeError(error.what, where=f"{file}, {error.where}", mend=error.mend) from error
+        raise MergeError(error.what, where=f"{file}, {error.where}", hint=error.hint) from error
 
 
 def _key(config: Any) -> str:

@@ -104,7 +104,7 @@ def align(
     """
     _same_shapes(state_dicts)
     if not 0.0 <= alpha <= 1.0:
-        raise MergeError(f"alpha is {alpha}", mend="0 is activations alone, 1 is weights alone")
+        raise MergeError(f"alpha is {alpha}", hint="0 is activations alone, 1 is weights alone")
     search = _Align(state_dicts, spec, activations or {}, alpha, mode)
     objective, trace, matched = search.run(seed, patience, sweeps)
     return Alignment(spec, tuple(search.placed.places), objective, trace, matched)
@@ -135,22 +135,22 @@ def zip_models(
 
 def _same_shapes(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
     if len(state_dicts) < 2:
-        raise MergeError("alignment takes two models or more", where="models", mend="name another one")
+        raise MergeError("alignment takes two models or more", where="models", hint="name another one")
     first = state_dicts[0]
     for number, other in enumerate(state_dicts[1:], start=1):
         for name in first:
             if name not in other:
-                raise MergeError(f"model {number} has no such tensor", where=name, mend="align models of one depth")
+                raise MergeError(f"model {number} has no such tensor", where=name, hint="align models of one depth")
             here, there = _shape(first, name), _shape(other, name)
             if here != there:
                 raise MergeError(
                     f"shape {here} in model 0, {there} in model {number}",
                     where=name,
-                    mend="alignment permutes units; it cannot make two widths one",
+                    hint="alignment permutes units; it cannot make two widths one",
                 )
         extra = next((name for name in other if name not in first), None)
         if extra is not None:
-            raise MergeError(f"only model {number} has this tensor", where=extra, mend="align models of one depth")
+            raise MergeError(f"only model {number} has this tensor", where=extra, hint="align models of one depth")
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -258,7 +258,7 @@ class _Search(ABC):
         try:
             found, value = self.pair_up(family, similarities)
         except MergeError as error:
-            raise MergeError(error.what, where=f"group {family.outer}", mend=error.mend) from error
+            raise MergeError(error.what, where=f"group {family.outer}", hint=error.hint) from error
         places = self.placed.places
         changed = False
         for model, places_of_model in enumerate(found):

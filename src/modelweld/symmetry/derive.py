@@ -45,7 +45,7 @@ def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None =
         raise
     except Exception as error:
         raise MergeError(
-            f"cannot be built from its config: {_first_line(error)}", where=type(model).__name__, mend=_BY_HAND
+            f"cannot be built from its config: {_first_line(error)}", where=type(model).__name__, hint=_BY_HAND
         ) from error
     module = module.eval()
     args, kwargs = (call, {}) if isinstance(call, tuple) else ((), dict(call))
@@ -56,7 +56,7 @@ def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None =
             program = torch.export.export(Answering(module), args, kwargs, strict=False)
         except Exception as error:
             raise MergeError(
-                f"cannot be exported: {_first_line(error)}{_culprit(error)}", where=type(module).__name__, mend=_BY_HAND
+                f"cannot be exported: {_first_line(error)}{_culprit(error)}", where=type(module).__name__, hint=_BY_HAND
             ) from error
     return _Derivation(program, module).spec()
 

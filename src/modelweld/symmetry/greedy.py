@@ -1,4 +1,4 @@
-"""The loop of zipping as machine code: take the most similar pair, merge it, mend what that touched, and again.
+"""The loop of zipping as machine code: take the most similar pair, merge it, update what that touched, and again.
 
 A pair (low, high) is looked for in the row of its lower unit. For every row the greatest entry is known, or, once its
 partner was merged away, a bound on it: such a row is searched anew only when no other row can be greater.

@@ -95,7 +95,7 @@ def example_inputs(module: nn.Module) -> dict[str, Any]:
         raise MergeError(
             "no example call is known for this module",
             where=type(module).__name__,
-            mend="pass `inputs`, a tuple of example tensors",
+            hint="pass `inputs`, a tuple of example tensors",
         )
     device = next(module.parameters()).device
     main = getattr(module, "main_input_name", "input_ids")

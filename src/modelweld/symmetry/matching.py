@@ -70,9 +70,9 @@ def match_nested(inner: dict[str, Matrix], outer: Matrix | None = None, *, stay:
 
 def _check(similarity: Matrix) -> None:
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise MergeError(f"a similarity of shape {similarity.shape} is not square", mend="compare models of one width")
+        raise MergeError(f"a similarity of shape {similarity.shape} is not square", hint="compare models of one width")
     if not np.isfinite(similarity).all():
         raise MergeError(
             "a similarity is not finite",
-            mend="look for NaN or infinite activations in the calibration set, or weights that overflow",
+            hint="look for NaN or infinite activations in the calibration set, or weights that overflow",
         )

@@ -90,14 +90,14 @@ def observe(
         try:
             gathered[seen].add(*parts)
         except MergeError as error:
-            raise MergeError(error.what, where=f"the units of {seen[0]}", mend=error.mend) from error
+            raise MergeError(error.what, where=f"the units of {seen[0]}", hint=error.hint) from error
 
     with ThreadPoolExecutor(len(models)) as pool:
         for batch in batches:
             for part in _parts(batch):
                 _together(pool, models, chosen, part, add)
     if chosen and not gathered:
-        raise MergeError("the calibration set is empty", mend="give a few hundred rows")
+        raise MergeError("the calibration set is empty", hint="give a few hundred rows")
     found = Observed(gathered)
     return found if scratch is not None else found.held()
 
@@ -163,7 +163,7 @@ class _Meeting:
         other = next((seen for seen, _ in self._arrived if seen != first), first)
         if other != first:
             name = (first or other or ("", 0))[0]
-            raise MergeError("is not seen in all models", where=name, mend="align models of one architecture")
+            raise MergeError("is not seen in all models", where=name, hint="align models of one architecture")
         if first is not None:
             parts, self._arrived = [value for _, value in self._arrived], [(None, torch.empty(0))] * len(self._arrived)
             self._add(first, parts)
@@ -247,7 +247,7 @@ def _units(value: Tensor, axis: int, place: Place, mask: Tensor | None) -> Tenso
         raise MergeError(
             f"{value.shape[axis]} units are seen, the symmetry spec says {place.length}",
             where=place.module,
-            mend="derive the spec from this model's own config",
+            hint="derive the spec from this model's own config",
         )
     apart, front = split(value, axis, place.piece, place.wanted)
     rest = [dim for dim in range(apart.ndim) if dim not in front]

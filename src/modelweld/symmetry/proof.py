@@ -32,7 +32,7 @@ def prove(model: nn.Module, spec: Spec, inputs: Mapping[str, Any] | tuple[Any, .
     raise MergeError(
         f"permuting its units changes the model by {error:.1e}; groups at fault: {', '.join(guilty) or 'only jointly'}",
         where=type(model).__name__,
-        mend="report the architecture; meanwhile freeze these groups in a spec file given by hand",
+        hint="report the architecture; meanwhile freeze these groups in a spec file given by hand",
     )
 
 
@@ -55,7 +55,7 @@ def output_error(
             raise MergeError(
                 "its outputs are not finite, so nothing can be proved on them",
                 where=type(model).__name__,
-                mend="look for NaN or infinite weights: `modelweld stage validate` names the tensor",
+                hint="look for NaN or infinite weights: `modelweld stage validate` names the tensor",
             )
         scale = a.abs().max().clamp(min=1e-12)
         worst = max(worst, float((a - b).abs().max().nan_to_num(nan=torch.inf) / scale))

@@ -45,9 +45,9 @@ def repair(model: nn.Module, batches: Iterable[Mapping[str, Any] | tuple[Any, ..
             layer.momentum = momentum
             layer.eval()
     if not seen:
-        raise MergeError("no batch to compute BatchNorm statistics from", mend="give a few hundred rows")
+        raise MergeError("no batch to compute BatchNorm statistics from", hint="give a few hundred rows")
     for name, layer in layers:
         for statistic in (layer.running_mean, layer.running_var):
             if statistic is not None and not torch.isfinite(statistic).all():
-                raise MergeError("its new statistics are not finite", where=name, mend="look for overflow in the merge")
+                raise MergeError("its new statistics are not finite", where=name, hint="look for overflow in the merge")
     return len(layers)

@@ -125,7 +125,7 @@ class Activations:
 
     def _summed(self, values: Tensor) -> None:
         if not torch.isfinite(values.sum()):
-            raise MergeError("an activation is not finite", mend="look for overflow in the experts, or mask the row")
+            raise MergeError("an activation is not finite", hint="look for overflow in the experts, or mask the row")
         if self._products is None or self._shift is None:
             units = len(values)
             self._shift = values.mean(dim=1, keepdim=True)
@@ -140,7 +140,7 @@ class Activations:
     def correlation(self) -> Tensor:
         """The correlation of all that was added; raises MergeError without at least two samples."""
         if self._products is None or self._count < 2:
-            raise MergeError("no activations to correlate", mend="give a calibration set of a few hundred rows")
+            raise MergeError("no activations to correlate", hint="give a calibration set of a few hundred rows")
         deviation = (self._squares - self._sum[:, 0] ** 2 / self._count).clamp(min=0).sqrt()
         others, summed = deviation[self._rows :], self._sum[self._rows :]
         found = self._products.read()

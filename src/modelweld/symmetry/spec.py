@@ -188,7 +188,7 @@ class Spec:
                 raise MergeError(
                     f"is {tuple(tensor.shape)}, the symmetry spec says {[length(axis) for axis in self.axes[name]]}",
                     where=name,
-                    mend="derive the spec from this model's own config",
+                    hint="derive the spec from this model's own config",
                 )
             if not moves([factors]):
                 continue
@@ -241,7 +241,7 @@ class Spec:
         raise MergeError(
             f"a group inside of {group} lies on it, which has no axis of its own there",
             where=name,
-            mend="put the outer group before the inner one on the axis, or give it a whole axis",
+            hint="put the outer group before the inner one on the axis, or give it a whole axis",
         )
 
     def renamed(self, names: Mapping[str, str]) -> Self:
@@ -280,7 +280,7 @@ class Spec:
                     raise MergeError(
                         f"lies within {outer}, which is no group that lies in none",
                         where=f"group {name}",
-                        mend="name an outer group of the spec, or leave `within` empty",
+                        hint="name an outer group of the spec, or leave `within` empty",
                     )
         for tensor, shape in self.axes.items():
             for dim, factors in enumerate(shape):
@@ -291,24 +291,24 @@ class Spec:
         inner = [factor for factor in factors[:-1] if factor.parts]
         if not factors or inner:
             raise MergeError(
-                "parts may only come last on an axis" if inner else "has no factors", where=where, mend="see `--spec`"
+                "parts may only come last on an axis" if inner else "has no factors", where=where, hint="see `--spec`"
             )
         for factor in leaves(factors):
             if factor.size < 1 or (factor.group is not None and factor.group not in self.groups):
                 raise MergeError(
                     f"names the group {factor.group} of {factor.size} units, which is not among the groups",
                     where=where,
-                    mend="add it to `groups`, or set group to null to keep the axis as it is",
+                    hint="add it to `groups`, or set group to null to keep the axis as it is",
                 )
             if factor.group is not None and factor.size != self.groups[factor.group].size:
                 raise MergeError(
                     f"has {factor.size} units of {factor.group}, which has {self.groups[factor.group].size}",
                     where=where,
-                    mend="write a length that the group divides as a product of factors",
+                    hint="write a length that the group divides as a product of factors",
                 )
         last = factors[-1]
         if last.parts and last.size != sum(length(part) for part in last.parts):
-            raise MergeError("its parts do not add up to its size", where=where, mend=f"their sum, not {last.size}")
+            raise MergeError("its parts do not add up to its size", where=where, hint=f"their sum, not {last.size}")
         self.outside(tensor, dim)
 
     def _outer(self, group: Group) -> list[int]:
@@ -317,7 +317,7 @@ class Spec:
     @staticmethod
     def _at(depth: int, permutation: Tensor, dims: int) -> Tensor:
         if permutation.ndim != 1:
-            raise MergeError("a group inside a group that is itself nested is not supported", mend="freeze one of them")
+            raise MergeError("a group inside a group that is itself nested is not supported", hint="freeze one of them")
         shape = [1] * dims
         shape[depth] = -1
         return permutation.reshape(shape)

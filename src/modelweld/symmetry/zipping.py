@@ -44,7 +44,7 @@ def zip_units(similarities: Similarities, models: int, *, inside: float = 0.5, b
     if total % models:
         raise MergeError(f"{total} units do not divide among {models} models")
     if not np.isfinite(similarities).all():
-        raise MergeError("a similarity is not finite", mend="look for NaN or infinite activations or weights")
+        raise MergeError("a similarity is not finite", hint="look for NaN or infinite activations or weights")
     # numba takes a second to import, which only those who zip should wait for.
     from modelweld.symmetry.greedy import merge_greedily
 
@@ -63,7 +63,7 @@ def zip_units(similarities: Similarities, models: int, *, inside: float = 0.5, b
     if made < merges:
         raise MergeError(
             f"no pair is left to merge after {made} of {merges} merges",
-            mend="allow more merges inside one model: a larger `budget`",
+            hint="allow more merges inside one model: a larger `budget`",
         )
     while True:
         further = owner[owner]

@@ -82,15 +82,15 @@ def _build(kind: Kind, item: Expectation) -> Any:
         implementation = get_expectation_impl(item.type)
     except ExpectationNotFoundError as error:
         raise ConfigError(
-            f"Great Expectations has no {item.type!r}", where=where, mend="take a type from its gallery"
+            f"Great Expectations has no {item.type!r}", where=where, hint="take a type from its gallery"
         ) from error
-    meta = {"id": item.id, "mend": item.mend, "lifted_by": list(item.lifted_by)}
+    meta = {"id": item.id, "hint": item.hint, "lifted_by": list(item.lifted_by)}
     try:
         return implementation(
-            severity=item.severity, notes=f"{item.id}: {item.severity}. {item.mend}", meta=meta, **item.kwargs
+            severity=item.severity, notes=f"{item.id}: {item.severity}. {item.hint}", meta=meta, **item.kwargs
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"kwargs: {error}", where=where, mend=f"see the arguments of {item.type}") from error
+        raise ConfigError(f"kwargs: {error}", where=where, hint=f"see the arguments of {item.type}") from error
 
 
 def _reduce(table: Table, rule: Expectation, outcome: Any) -> Result:
@@ -99,7 +99,7 @@ def _reduce(table: Table, rule: Expectation, outcome: Any) -> Result:
         raise ConfigError(
             f"cannot be checked: {_complaint(outcome.exception_info)}",
             where=f"{FOLDER}/{table.kind}.yaml: {rule.id}",
-            mend=f"the columns are {', '.join(table.frame.columns)}",
+            hint=f"the columns are {', '.join(table.frame.columns)}",
         )
     success = bool(outcome.success)
     spots = [entry[table.key] for entry in found.get("unexpected_index_list") or ()]
@@ -110,9 +110,9 @@ def _reduce(table: Table, rule: Expectation, outcome: Any) -> Result:
         success=success,
         observed=_observed(table, rule, found),
         where=None if success else _where(table, spots),
-        mend=None
+        hint=None
         if success
-        else rule.mend.format_map({"subject": table.subject, "name": table.name, "path": table.path}),
+        else rule.hint.format_map({"subject": table.subject, "name": table.name, "path": table.path}),
     )
 
 

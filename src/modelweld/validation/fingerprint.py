@@ -109,7 +109,7 @@ def _of_tokenizer(file: Path) -> Tokenizing:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
-        raise CheckpointError(f"not a readable tokenizer: {error}", where=str(file), mend="fetch it again") from error
+        raise CheckpointError(f"not a readable tokenizer: {error}", where=str(file), hint="fetch it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     cuts = json.dumps([encoding.ids for encoding in tokenizer.encode_batch(list(PROBES))])
@@ -154,7 +154,7 @@ def label_names(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
         raise CheckpointError(
             "id2label and label2id contradict each other, or do not count from 0",
             where=where,
-            mend="mend both in its config.json",
+            hint="fix both in its config.json",
         )
     return names
 

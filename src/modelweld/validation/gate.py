@@ -1,4 +1,4 @@
-"""The gate file: what was expected, what was found, where, and how to mend it. Deterministic, without a clock."""
+"""The gate file: what was expected, what was found, where, and how to fix it. Deterministic, without a clock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = 25
 
 @dataclass(frozen=True)
 class Result:
-    """One expectation about one subject. `where` and `mend` are set when it failed."""
+    """One expectation about one subject. `where` and `hint` are set when it failed."""
 
     subject: str
     expectation: str
@@ -32,7 +32,7 @@ class Result:
     success: bool
     observed: Any
     where: str | None = None
-    mend: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Gate:
     def document(self) -> dict[str, Any]:
         """What gate.json holds."""
         return {
-            "version": 1,
+            "version": 2,
             "verdict": self.verdict,
             "results": [{**asdict(result), "observed": stable(result.observed)} for result in self.results],
         }
@@ -86,7 +86,7 @@ class Gate:
                 f"validation refused this run, {len(failed)} critical "
                 f"{'expectation' if len(failed) == 1 else 'expectations'} failed\n{_grid(failed)}",
                 where=str(path),
-                mend="as the table says, then run the same command again; nothing was computed yet",
+                hint="as the table says, then run the same command again; nothing was computed yet",
             )
 
 
@@ -109,11 +109,11 @@ def stable(value: Any) -> Any:
 
 def _grid(results: tuple[Result, ...]) -> str:
     grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("subject", "expectation", "where", "observed", "mend"):
+    for heading in ("subject", "expectation", "where", "observed", "hint"):
         grid.add_column(heading, overflow="fold")
     for result in results[:SHOWN]:
         observed = json.dumps(stable(result.observed), ensure_ascii=False)
-        grid.add_row(result.subject, result.expectation, result.where, observed, result.mend)
+        grid.add_row(result.subject, result.expectation, result.where, observed, result.hint)
     # Markup off: a test row may well hold square brackets.
     sink = Console(file=io.StringIO(), width=160, markup=False, highlight=False, color_system=None)
     sink.print(grid)

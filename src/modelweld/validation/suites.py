@@ -1,7 +1,7 @@
 """Suites as files: those that modelweld ships, changed by a project's own `expectations/` folder.
 
 A suite is Great Expectations' own vocabulary (type, kwargs, severity, `$PARAMETER`) with two things more: how a failure
-is mended, and under which merge methods it is only a warning (`lifted_by`).
+is fixed, and under which merge methods it is only a warning (`lifted_by`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from modelweld.config.methods import Strict
 from modelweld.errors import ConfigError
@@ -31,7 +31,7 @@ class Expectation(Strict):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     severity: Literal["critical", "warning"] = "critical"
     lifted_by: tuple[str, ...] = ()
-    mend: str
+    hint: str = Field(validation_alias=AliasChoices("hint", "mend"))  # `mend` until 0.1.0
 
 
 class Suite(Strict):
@@ -52,7 +52,7 @@ def load_suites(project: Path, lifting: str | None = None) -> dict[Kind, tuple[E
     for path in sorted((project / FOLDER).glob("*")):
         if path.suffix in {".yaml", ".yml", ".json"} and path.name not in {f"{kind}.yaml" for kind in KINDS}:
             names = ", ".join(f"{kind}.yaml" for kind in KINDS)
-            raise ConfigError("there is no suite of this name", where=str(path), mend=f"the suites are {names}")
+            raise ConfigError("there is no suite of this name", where=str(path), hint=f"the suites are {names}")
     return {kind: load_suite(kind, project, lifting) for kind in KINDS}
 
 
@@ -71,7 +71,7 @@ def load_suite(kind: Kind, project: Path, lifting: str | None = None) -> tuple[E
                 raise ConfigError(
                     f"without: no expectation {unwanted!r} to leave out",
                     where=str(own),
-                    mend=f"the shipped ones are {', '.join(item.id for item in default.expectations)}",
+                    hint=f"the shipped ones are {', '.join(item.id for item in default.expectations)}",
                 )
         chosen.update({item.id: item for item in suite.expectations})
     return tuple(
@@ -84,20 +84,20 @@ def _parse(kind: Kind, text: str, where: str) -> Suite:
     try:
         suite = Suite.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}", where=where, mend="mend it at the line it names") from error
+        raise ConfigError(f"not valid YAML: {error}", where=where, hint="fix it at the line it names") from error
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(wrong, where=where, mend="docs/validation.md shows a suite file") from error
+        raise ConfigError(wrong, where=where, hint="docs/validation.md shows a suite file") from error
     if suite.table != kind:
-        raise ConfigError(f"table: {suite.table} in a file for {kind}", where=where, mend=f"write `table: {kind}`")
+        raise ConfigError(f"table: {suite.table} in a file for {kind}", where=where, hint=f"write `table: {kind}`")
     ids = [item.id for item in suite.expectations]
     if repeated := sorted({name for name in ids if ids.count(name) > 1}):
-        raise ConfigError(f"two expectations share the id {repeated[0]!r}", where=where, mend="give each its own id")
+        raise ConfigError(f"two expectations share the id {repeated[0]!r}", where=where, hint="give each its own id")
     for item in suite.expectations:
         try:
-            item.mend.format_map(dict.fromkeys(PLACES, ""))
+            item.hint.format_map(dict.fromkeys(PLACES, ""))
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
-                f"{item.id}.mend: {error} cannot be filled in", where=where, mend="use {subject}, {name} or {path}"
+                f"{item.id}.hint: {error} cannot be filled in", where=where, hint="use {subject}, {name} or {path}"
             ) from error
     return suite

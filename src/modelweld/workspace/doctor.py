@@ -1,4 +1,4 @@
-"""What stands between this machine and a good run: one finding a check, each with how to mend it."""
+"""What stands between this machine and a good run: one finding a check, each with how to fix it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Finding:
     check: str
     state: State
     saw: str
-    mend: str = ""
+    hint: str = ""
 
 
 def diagnose(root: Path) -> list[Finding]:
@@ -107,7 +107,7 @@ def _configuration(root: Path) -> Iterator[Finding]:
     try:
         params = load_params(root / "params.yaml")
     except ConfigError as error:
-        yield Finding("params.yaml", "problem", error.what, error.mend or "")
+        yield Finding("params.yaml", "problem", error.what, error.hint or "")
         return
     yield Finding("params.yaml", "ok", f"{params.name}: {len(params.models) - 1} experts, {len(params.tasks)} tasks")
     if (root / "sources.lock.json").is_file():

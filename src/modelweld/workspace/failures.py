@@ -48,13 +48,13 @@ def of_stage(ended: Ended, group: str, timeout_s: float | None) -> ModelweldErro
     text = "\n".join(ended.lines)
     if ended.timed_out:
         return ExternalError(
-            f"not done after {timeout_s:g} s", where=f"stage {group}", mend="allow more time (--stage-timeout)"
+            f"not done after {timeout_s:g} s", where=f"stage {group}", hint="allow more time (--stage-timeout)"
         )
     for line in reversed(ended.lines):
         if match := EXITED.search(line):
             return _of_command(match["stage"], int(match["code"]), _own_lines(ended.lines))
     if "is busy" in text or "Unable to acquire lock" in text:
-        return StageBusy("DVC is busy in this workspace", where=f"stage {group}", mend="wait for the other run")
+        return StageBusy("DVC is busy in this workspace", where=f"stage {group}", hint="wait for the other run")
     return _of_dvc(text, ended, f"stage {group}")
 
 
@@ -62,34 +62,34 @@ def of_push(ended: Ended) -> ModelweldError:
     """The error that `dvc push` ended with."""
     text = "\n".join(ended.lines)
     if "no remote specified" in text or "config file error" in text:
-        return WorkspaceError(_last_errors(ended.lines), where=".dvc/config", mend="dvc remote add --default store URL")
+        return WorkspaceError(_last_errors(ended.lines), where=".dvc/config", hint="dvc remote add --default store URL")
     return RemoteUnavailable(
-        f"the DVC remote did not take everything: {_last_errors(ended.lines)}", mend="see that it can be written"
+        f"the DVC remote did not take everything: {_last_errors(ended.lines)}", hint="see that it can be written"
     )
 
 
 def _of_command(stage: str, code: int, lines: Sequence[str]) -> ModelweldError:
     where = f"stage {stage}"
-    what, mend = _what_it_said(lines)
+    what, hint = _what_it_said(lines)
     if code < 0 or code > SIGNALLED:
         number = -code if code < 0 else code - SIGNALLED
         return ExternalError(
             f"ended by signal {number}: {what}",
             where=where,
-            mend="signal 9 is most often the memory: see `modelweld plan`",
+            hint="signal 9 is most often the memory: see `modelweld plan`",
         )
     if code in COMMAND_NOT_FOUND:
         return WorkspaceError(
-            f"its command was not found: {what}", where=where, mend="install it in the environment that runs modelweld"
+            f"its command was not found: {what}", where=where, hint="install it in the environment that runs modelweld"
         )
     if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return ModelweldError(f"crashed: {what}", where=where, mend="this is a defect of the stage; please report it")
+        return ModelweldError(f"crashed: {what}", where=where, hint="this is a defect of the stage; please report it")
     if code == ExternalError.exit_code:
         full = "No space left on device" in "\n".join(lines)
-        return (DiskFull if full else ExternalError)(what, where=where, mend=mend)
+        return (DiskFull if full else ExternalError)(what, where=where, hint=hint)
     if code == GateRefused.exit_code:
-        return GateRefused(what, where=where, mend=mend)
-    return InputError(what, where=where, mend=mend)
+        return GateRefused(what, where=where, hint=hint)
+    return InputError(what, where=where, hint=hint)
 
 
 def _of_dvc(text: str, ended: Ended, where: str) -> ModelweldError:
@@ -98,13 +98,13 @@ def _of_dvc(text: str, ended: Ended, where: str) -> ModelweldError:
         return WorkspaceError(
             f"dvc.yaml needs {match['path']}, which no stage makes and the commit does not hold",
             where=where,
-            mend=f"git add {match['path']} && git commit",
+            hint=f"git add {match['path']} && git commit",
         )
     if "No space left on device" in text:
-        return DiskFull(said, where=where, mend="free some space where .dvc/cache lies, then run again")
+        return DiskFull(said, where=where, hint="free some space where .dvc/cache lies, then run again")
     if "failed to pull data" in text or "Checkout failed" in text or "missing cache files" in text.lower():
-        return RemoteUnavailable(said, where=where, mend="see that the DVC remote can be read: `dvc remote list`")
-    return WorkspaceError(f"DVC failed: {said}", where=where, mend="`dvc repro` by hand shows the same with -v")
+        return RemoteUnavailable(said, where=where, hint="see that the DVC remote can be read: `dvc remote list`")
+    return WorkspaceError(f"DVC failed: {said}", where=where, hint="`dvc repro` by hand shows the same with -v")
 
 
 def _own_lines(lines: Sequence[str]) -> list[str]:
@@ -120,14 +120,14 @@ def _what_it_said(lines: Sequence[str]) -> tuple[str, str | None]:
     if start is None:
         return "\n".join(lines[-SHOWN_LINES:]) or "it printed nothing", None
     what: list[str] = []
-    mend: list[str] = []
+    hint: list[str] = []
     for line in lines[start:]:
         text = line.removeprefix("error:").strip()
-        if mend or text.startswith("mend:"):
-            mend.append(text.removeprefix("mend:").strip())
+        if hint or text.startswith("hint:"):
+            hint.append(text.removeprefix("hint:").strip())
         else:
             what.append(text)
-    return "\n".join(what), " ".join(mend) or None
+    return "\n".join(what), " ".join(hint) or None
 
 
 def _last_errors(lines: Sequence[str]) -> str:

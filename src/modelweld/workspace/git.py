@@ -56,5 +56,5 @@ def _run(
     except FileNotFoundError as error:
         what = "no such directory" if not root.exists() else "git is not installed"
         raise WorkspaceError(
-            what, where=str(root), mend="name the project's directory, and have git on PATH"
+            what, where=str(root), hint="name the project's directory, and have git on PATH"
         ) from error

@@ -53,7 +53,7 @@ def read(tree: Path, project_root: Path) -> Graph:
         raise WorkspaceError(f"DVC could not be asked: {done.stderr.strip()[-2000:]}", where=str(tree))
     said: dict[str, Any] = json.loads(done.stdout)
     if "error" in said:
-        raise WorkspaceError(said["error"], where=str(tree / PROJECT_FILE), mend=said.get("mend"))
+        raise WorkspaceError(said["error"], where=str(tree / PROJECT_FILE), hint=said.get("hint"))
     return Graph(
         groups={group: tuple(stages) for group, stages in said["groups"].items()},
         downstream={stage: frozenset(reached) for stage, reached in said["downstream"].items()},
@@ -109,7 +109,7 @@ def _in_order(members: dict[str, list[str]], stages: Any) -> list[str]:
         loop = " → ".join(group for group, _ in networkx.find_cycle(between))
         raise WorkspaceError(
             f"the foreach stages {loop} wait for one another",
-            mend="split one of them into two stages with names of their own",
+            hint="split one of them into two stages with names of their own",
         ) from error
 
 
@@ -130,9 +130,9 @@ def opened(tree: Path) -> Iterator[Any]:
         with Repo(str(tree)) as repo:
             yield repo
     except LockError as error:
-        raise ExternalError("DVC is busy in this workspace", where=str(tree), mend="wait for the other run") from error
+        raise ExternalError("DVC is busy in this workspace", where=str(tree), hint="wait for the other run") from error
     except DvcException as error:
-        raise WorkspaceError(f"DVC says: {_chain(error)}", where=str(tree), mend=_mend(_chain(error))) from error
+        raise WorkspaceError(f"DVC says: {_chain(error)}", where=str(tree), hint=_mend(_chain(error))) from error
 
 
 def _mend(message: str) -> str | None:
@@ -158,7 +158,7 @@ def main() -> None:
     try:
         said = _describe()
     except (WorkspaceError, ExternalError) as error:
-        said = {"error": error.what, "mend": error.mend}
+        said = {"error": error.what, "hint": error.hint}
     json.dump(said, answer)
 
 

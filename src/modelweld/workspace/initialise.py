@@ -77,5 +77,5 @@ def _run(root: Path, *command: str) -> None:
         raise WorkspaceError(
             f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}",
             where=str(root),
-            mend="see that git is installed and the folder is writable",
+            hint="see that git is installed and the folder is writable",
         )

@@ -22,7 +22,7 @@ def materialise(project: Project, rev: str, path: str, out: Path) -> Path:
     from dvc.lock is an error and leaves nothing. Files may be read-only links into the cache: copy before you change.
     """
     if out.exists():
-        raise WorkspaceError("already exists", where=str(out), mend="name a path that does not exist yet")
+        raise WorkspaceError("already exists", where=str(out), hint="name a path that does not exist yet")
     digest, inside = _locked(project, rev, path)
     draft = out.with_name(f".{out.name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def _locked(project: Project, rev: str, path: str) -> tuple[str, str]:
             inside = wanted.relative_to(out["path"]).as_posix()
             return out["md5"], "" if inside == "." else inside
     known = ", ".join(sorted(out["path"] for out in outs))
-    raise WorkspaceError(f"dvc.lock names no output {path!r}", where=rev, mend=f"one of: {known}")
+    raise WorkspaceError(f"dvc.lock names no output {path!r}", where=rev, hint=f"one of: {known}")
 
 
 def _fill(project: Project, digest: str, inside: str, draft: Path, where: str) -> None:
@@ -79,7 +79,7 @@ def _fill(project: Project, digest: str, inside: str, draft: Path, where: str) -
                 ) from error
             if not _complete(cache, wanted):
                 raise RemoteUnavailable(
-                    "neither the cache nor the remote holds all of it", where=where, mend="`dvc push` where it was made"
+                    "neither the cache nor the remote holds all of it", where=where, hint="`dvc push` where it was made"
                 )
         found: Any = load(cache, wanted)
         if inside:
@@ -107,7 +107,7 @@ def _part(cache: Any, tree: Any, inside: str, where: str) -> Any:
     for name, _, entry in tree:
         if name == key:
             return load(cache, entry)
-    raise WorkspaceError(f"it holds no file {inside!r}", where=where, mend="name the whole output, or one file in it")
+    raise WorkspaceError(f"it holds no file {inside!r}", where=where, hint="name the whole output, or one file in it")
 
 
 def _check(found: Any, path: Path, where: str) -> None:
@@ -129,7 +129,7 @@ def _damaged(name: str, where: str) -> RemoteUnavailable:
     return RemoteUnavailable(
         f"{name}: its bytes are not those that dvc.lock names",
         where=where,
-        mend="the cache or the remote is damaged: remove the file there, and push it again from where it is whole",
+        hint="the cache or the remote is damaged: remove the file there, and push it again from where it is whole",
     )
 
 

@@ -88,7 +88,7 @@ def write(
     """
     lock = tree / "dvc.lock"
     if not lock.is_file():
-        raise WorkspaceError("no dvc.lock: nothing was run here", where=str(tree), mend="run the stages first")
+        raise WorkspaceError("no dvc.lock: nothing was run here", where=str(tree), hint="run the stages first")
     said = {
         "schema": SCHEMA,
         "name": name,
@@ -120,7 +120,7 @@ def read(root: Path, tag: str) -> Record:
     tag = tag.removeprefix("refs/tags/")
     commit = line_or_none(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}")
     if commit is None:
-        raise WorkspaceError(f"no record {tag!r}", where=str(root), mend=f"`git tag --list '{PREFIX}/*'` lists them")
+        raise WorkspaceError(f"no record {tag!r}", where=str(root), hint=f"`git tag --list '{PREFIX}/*'` lists them")
     body = line(root, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
     said: dict[str, Any] | None = None
     if "{" in body:
@@ -131,7 +131,7 @@ def read(root: Path, tag: str) -> Record:
             said = None
     if said is None or said.get("schema") != SCHEMA:
         raise WorkspaceError(
-            "this tag is not the record of a run", where=tag, mend=f"name a tag under {PREFIX}/<name>/<run-id>"
+            "this tag is not the record of a run", where=tag, hint=f"name a tag under {PREFIX}/<name>/<run-id>"
         )
     return Record(
         tag=tag,

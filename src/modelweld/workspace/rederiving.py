@@ -55,4 +55,4 @@ def _made_by(lock: str, output: str, where: str) -> tuple[str, str]:
             if out["path"] == output:
                 return stage, out["md5"]
             outputs.append(out["path"])
-    raise WorkspaceError(f"no output {output!r} in this record", where=where, mend=f"one of: {', '.join(outputs)}")
+    raise WorkspaceError(f"no output {output!r} in this record", where=where, hint=f"one of: {', '.join(outputs)}")

@@ -65,7 +65,7 @@ class Project:
         top = line_or_none(start, "rev-parse", "--show-toplevel")
         if top is None:
             raise WorkspaceError(
-                "not in a git repository", where=str(start), mend="git init && git add --all && git commit"
+                "not in a git repository", where=str(start), hint="git init && git add --all && git commit"
             )
         repository = Path(top).resolve()
         for folder in (start, *start.parents):
@@ -76,7 +76,7 @@ class Project:
         raise WorkspaceError(
             "DVC is not initialised",
             where=str(start),
-            mend="`modelweld init`, or: dvc init && dvc remote add --default store URL",
+            hint="`modelweld init`, or: dvc init && dvc remote add --default store URL",
         )
 
     @property
@@ -101,7 +101,7 @@ class Project:
         commit = line_or_none(self.root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
         if commit is None:
             raise WorkspaceError(
-                "this git repository has no commit yet", where=str(self.repository), mend="git add --all && git commit"
+                "this git repository has no commit yet", where=str(self.repository), hint="git add --all && git commit"
             )
         return commit
 
@@ -117,7 +117,7 @@ class Project:
             raise WorkspaceError(
                 f"changed but not committed: {shown}",
                 where=str(self.root),
-                mend="commit, or run with --allow-dirty: the record will say so",
+                hint="commit, or run with --allow-dirty: the record will say so",
             )
 
     # Runs
@@ -291,7 +291,7 @@ class Project:
             raise WorkspaceError(
                 f"not committed: {', '.join(missing)}",
                 where=str(self.root),
-                mend=f"git add {' '.join(missing)} && git commit",
+                hint=f"git add {' '.join(missing)} && git commit",
             )
 
     def _alive(self, run_id: str) -> bool:

@@ -71,7 +71,7 @@ class Worktree:
         stages = self.graph.groups.get(group)
         if stages is None:
             raise WorkspaceError(
-                f"dvc.yaml has no stage {group!r}", where=str(self.path), mend=f"one of: {', '.join(self.graph.groups)}"
+                f"dvc.yaml has no stage {group!r}", where=str(self.path), hint=f"one of: {', '.join(self.graph.groups)}"
             )
         started = time.monotonic()
         ended = self._dvc("repro", "--single-item", "--pull", *stages, listen=listen, timeout_s=timeout_s)

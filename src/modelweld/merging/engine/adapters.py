@@ -176,5 +176,5 @@ def _rank(tensor: TensorPlan, ranks: list[int], experts: int) -> int:
 
 def _cannot_keep(why: str) -> ConfigError:
     return ConfigError(
-        f"the result is no adapter: {why}", where="output.adapter", mend="use `adapter: fold`, which writes a model"
+        f"the result is no adapter: {why}", where="output.adapter", hint="use `adapter: fold`, which writes a model"
     )

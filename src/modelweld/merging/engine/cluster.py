@@ -112,7 +112,7 @@ def _cluster(address: str) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise ConfigError(
-            "Ray is not installed", where="executor", mend="pip install 'modelweld[ray]', on every host"
+            "Ray is not installed", where="executor", hint="pip install 'modelweld[ray]', on every host"
         ) from error
     ours = not ray.is_initialized()
     try:
@@ -125,7 +125,7 @@ def _cluster(address: str) -> Iterator[Any]:
         raise ExternalError(
             f"Ray gave a task up: {' '.join(str(error).split())}",
             where="executor",
-            mend="look at the cluster, and run the same command again: what was finished is kept",
+            hint="look at the cluster, and run the same command again: what was finished is kept",
         ) from error
     finally:
         if ours:
@@ -144,7 +144,7 @@ def _connect(ray: Any, address: str) -> None:
         raise ExternalError(
             f"Ray does not answer: {' '.join(str(error).split())}",
             where=address or "executor",
-            mend="`ray status` says what runs",
+            hint="`ray status` says what runs",
         ) from error
 
 

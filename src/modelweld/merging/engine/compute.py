@@ -340,7 +340,7 @@ class Worker:
     ) -> None:
         rounded = exact.to(tensor.dtype)
         if tensor.dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
-            raise MergeError("the merge overflows float16", where=tensor.name, mend="output: {dtype: bfloat16}")
+            raise MergeError("the merge overflows float16", where=tensor.name, hint="output: {dtype: bfloat16}")
         self._emit(rounded, slot, start, out, written)
         if based:
             rounding.add(delta, exact, rounded)

@@ -62,7 +62,7 @@ def open_inputs(recipe: Recipe) -> Iterator[Inputs]:
     for whatever does not fit together.
     """
     if not recipe.models:
-        raise ConfigError("names no models", where="models", mend="models: {sst2: {path: …}}")
+        raise ConfigError("names no models", where="models", hint="models: {sst2: {path: …}}")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(Checkpoint.open(recipe.base)) if recipe.base else None
         adapters: dict[str, Adapter] = {}
@@ -116,7 +116,7 @@ def identity(checkpoint: Checkpoint) -> str:
 def _adapter(path: str, base: Checkpoint | None, label: str) -> Adapter:
     if base is None:
         raise ConfigError(
-            f"{label} is an adapter, and there is no base to put it on", where="base", mend="name it: `base: …`"
+            f"{label} is an adapter, and there is no base to put it on", where="base", hint="name it: `base: …`"
         )
     return Adapter.open(path, base, label)
 
@@ -136,7 +136,7 @@ def _one_head_a_task(experts: tuple[Expert, ...]) -> None:
             raise ConfigError(
                 f"{other} and {expert.label} both bring a head for task {task_of(expert)!r}",
                 where="models",
-                mend="give each its own `task:`",
+                hint="give each its own `task:`",
             )
 
 
@@ -151,7 +151,7 @@ def _still_tied(expert: Expert, tied: Mapping[str, str]) -> None:
             raise CheckpointError(
                 f"{expert.label} has untied {name} from {partner}, which the base ties",
                 where=str(own.path),
-                mend="leave this model out, or untie the base's weights and set tie_word_embeddings: false",
+                hint="leave this model out, or untie the base's weights and set tie_word_embeddings: false",
             )
 
 
@@ -163,7 +163,7 @@ def _not_tied(expert: Expert, tied: Mapping[str, str]) -> None:
             raise CheckpointError(
                 f"{expert.label} adapts {changed}, and the base ties {name} to {partner}",
                 where=str(expert.checkpoint.path),
-                mend="untie the base's weights and set tie_word_embeddings: false, or leave this adapter out",
+                hint="untie the base's weights and set tie_word_embeddings: false, or leave this adapter out",
             )
 
 
@@ -203,12 +203,12 @@ def _same_configs(opened: Mapping[str, Checkpoint]) -> None:
             raise ConfigError(
                 f"{labels[0]} and {label} are not of one depth and width ({', '.join(differing[:5])}): {layer}",
                 where=str(Path(opened[label].path)),
-                mend="merge models of one architecture, depth and width",
+                hint="merge models of one architecture, depth and width",
             )
         if differing or heads[label] != heads[labels[0]]:
             raise ConfigError(
                 f"{labels[0]} and {label} have different configs ({', '.join(differing[:5]) or 'architectures'}), and "
                 "there is no base to take one from",
                 where=str(Path(opened[label].path)),
-                mend="name the model they were finetuned from: `base: …`",
+                hint="name the model they were finetuned from: `base: …`",
             )

@@ -84,7 +84,7 @@ class Lane:
             raise ExternalError(
                 f"out of memory with {size} elements at once",
                 where=str(self.device),
-                mend="free memory on the device, or use --device cpu",
+                hint="free memory on the device, or use --device cpu",
             )
         self.block = 1 << ((size - 1).bit_length() - 1)
 

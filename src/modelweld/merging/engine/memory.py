@@ -97,7 +97,7 @@ class Budget:
             raise MergeError(
                 f"the largest tensor needs {largest / 1e9:.2f} GB in work, the limit is {limit / 1e9:.2f} GB",
                 where="memory_limit",
-                mend="raise the limit, or give the large tensors an element-wise method by a rule",
+                hint="raise the limit, or give the large tensors an element-wise method by a rule",
             )
         wanted = limit if limit is not None else room(needs)
         # What does not even fit alone is tried all the same: it has the device to itself.

@@ -125,7 +125,7 @@ class Output:
             raise ExternalError(
                 f"{len(lacking)} tensors are not here as a task wrote them, first {lacking[0]}",
                 where=str(self.tree),
-                mend="put the output on a file system that all hosts share, at the same path, and run it again",
+                hint="put the output on a file system that all hosts share, at the same path, and run it again",
             )
 
 

@@ -43,12 +43,12 @@ def place(device: str, executor: str = "local") -> Placement:
     """
     name, colon, address = executor.partition(":")
     if name not in ("local", "ray") or (name == "local" and colon):
-        raise ConfigError(f"no executor is called {executor!r}", where="executor", mend="local, ray or ray:ADDRESS")
+        raise ConfigError(f"no executor is called {executor!r}", where="executor", hint="local, ray or ray:ADDRESS")
     asked = [part.strip() for part in device.split(",")]
     if name == "ray":
         if len(asked) > 1 or ":" in device:
             raise ConfigError(
-                f"Ray hands out devices itself, and {device} names some", where="device", mend="auto, cpu or cuda"
+                f"Ray hands out devices itself, and {device} names some", where="device", hint="auto, cpu or cuda"
             )
         # The head of a GPU cluster need not have one: the tasks look for it where they run.
         return Placement((torch.device("cuda") if device == "cuda" else resolve_device(device),), address)
@@ -58,7 +58,7 @@ def place(device: str, executor: str = "local") -> Placement:
         raise ConfigError(
             f"{device} mixes {' and '.join(kinds)}, which round differently",
             where="device",
-            mend="name devices of one kind",
+            hint="name devices of one kind",
         )
     return Placement(devices)
 
@@ -70,12 +70,12 @@ def resolve_device(asked: str) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise MergeError(f"no device is called {asked!r}", where="device", mend="auto, cpu, cuda[:i] or mps") from error
+        raise MergeError(f"no device is called {asked!r}", where="device", hint="auto, cpu, cuda[:i] or mps") from error
     present = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type, False):
-        raise MergeError(f"this machine has no {asked}", where="device", mend="use `auto` or `cpu`")
+        raise MergeError(f"this machine has no {asked}", where="device", hint="use `auto` or `cpu`")
     return device

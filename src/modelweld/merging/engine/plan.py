@@ -201,7 +201,7 @@ def build(recipe: Recipe, inputs: Inputs) -> Plan:
         else:
             tensors.append(planned)
     if not tensors:
-        raise ConfigError("nothing is left to merge", where="rules", mend="fewer `use: skip`")
+        raise ConfigError("nothing is left to merge", where="rules", hint="fewer `use: skip`")
     _try_methods(tensors, inputs)
     ranks = None
     if recipe.output.adapter == "keep":
@@ -240,7 +240,7 @@ def _tensor(
         raise ConfigError(
             f"{chosen.name} needs the model that the experts were finetuned from ({info.name})",
             where="base",
-            mend="name it: `base: path/to/model`",
+            hint="name it: `base: path/to/model`",
         )
     if copied and inputs.base is None:
         _same_everywhere(info, inputs, decision.reason)
@@ -251,7 +251,7 @@ def _tensor(
             raise CheckpointError(
                 f"{expert.label} stores {info.name} as {dtype_name(source.dtype)}, which cannot be merged",
                 where=expert.checkpoint.place(source.name),
-                mend="use an unquantised version of this model",
+                hint="use an unquantised version of this model",
             )
     if chosen is None or chosen.needs_base or (inputs.base is not None and chosen.whole_matrix):
         sources.append(info)
@@ -286,7 +286,7 @@ def _same_everywhere(info: TensorInfo, inputs: Inputs, reason: str) -> None:
     """Without a base, what is not merged must be the same in every expert: none of them is the one to copy from."""
     if reason.startswith("rule"):
         raise ConfigError(
-            f"{reason} takes {info.name} from the base, and the recipe names none", where="base", mend="name it"
+            f"{reason} takes {info.name} from the base, and the recipe names none", where="base", hint="name it"
         )
     digests = {
         expert.label: tensor_digest(expert.checkpoint, expert.alignment.names[info.name])
@@ -297,7 +297,7 @@ def _same_everywhere(info: TensorInfo, inputs: Inputs, reason: str) -> None:
         raise ConfigError(
             f"{info.name} ({reason}) differs between {', '.join(digests)}, and there is no base to take it from",
             where="base",
-            mend="name the model that they were finetuned from: `base: …`",
+            hint="name the model that they were finetuned from: `base: …`",
         )
 
 
@@ -309,7 +309,7 @@ def _one_tokenizer(inputs: Inputs) -> None:
             raise ConfigError(
                 f"{first.label} and {expert.label} have different tokenizers, and there is no base to take one from",
                 where="base",
-                mend="name the model that they were finetuned from: `base: …`",
+                hint="name the model that they were finetuned from: `base: …`",
             )
 
 
@@ -339,7 +339,7 @@ def _absence(info: TensorInfo, experts: tuple[Expert, ...]) -> str | None:
         raise CheckpointError(
             f"{', '.join(lacking)} lack tensor {info.name!r} ({reason}), the other experts have it",
             where=info.name,
-            mend="merge experts of one architecture, or leave it out: a rule with `use: base` or `use: skip`",
+            hint="merge experts of one architecture, or leave it out: a rule with `use: base` or `use: skip`",
         )
     return str(reason)
 
@@ -362,7 +362,7 @@ def _not_quantised(inputs: Inputs) -> None:
             raise CheckpointError(
                 f"{label} is quantised{seen}",
                 where=str(checkpoint.path),
-                mend="use an unquantised version of this model",
+                hint="use an unquantised version of this model",
             )
 
 
@@ -377,7 +377,7 @@ def _try_methods(tensors: list[TensorPlan], inputs: Inputs) -> None:
                 torch.ones(len(inputs.experts), *shape), parameters, inputs.weights, context=context
             )
         except MergeError as error:
-            raise MergeError(error.what, where="models", mend=error.mend) from error
+            raise MergeError(error.what, where="models", hint=error.hint) from error
 
 
 def _head(expert: Expert) -> HeadPlan:

@@ -162,15 +162,15 @@ class _Helper:
         self._process.join(_GRACE_S)
         code = self._process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
-        mend = "run the same command again: what was finished is kept"
+        hint = "run the same command again: what was finished is kept"
         if code == -signal.SIGKILL:
-            mend = f"if memory ran out, use fewer processes or a --memory-limit; {mend}"
+            hint = f"if memory ran out, use fewer processes or a --memory-limit; {hint}"
         elif code == 1:
-            mend = f"a script that merges in several processes needs `if __name__ == '__main__':`; {mend}"
+            hint = f"a script that merges in several processes needs `if __name__ == '__main__':`; {hint}"
         return ExternalError(
             f"the process on {self._device} {how} before its share was done",
             where=f"process {self._number} of the merge",
-            mend=mend,
+            hint=hint,
         )
 
 

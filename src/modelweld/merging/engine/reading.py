@@ -140,5 +140,5 @@ def require_finite(values: Tensor, name: str, label: str, source: Checkpoint, st
     raise CheckpointError(
         f"{label} holds {kind} in tensor {name!r} ({dtype_name(values.dtype)})",
         where=source.place(stored),
-        mend="mend or leave out this model; merging cannot heal it",
+        hint="fix or remove this model; merging cannot repair it",
     )

@@ -69,13 +69,13 @@ def _can_take(chosen: Method, info: TensorInfo, role: Role, because: str) -> Non
         raise ConfigError(
             f"{because} gives {info.name} to {chosen.name}, but {info.dtype} cannot be merged",
             where="rules",
-            mend="let the rule say `use: base`",
+            hint="let the rule say `use: base`",
         )
     if chosen.whole_matrix and len(info.shape) != 2:
         raise ConfigError(
             f"{because} gives {info.name} to {chosen.name}, which takes matrices, not shape {list(info.shape)}",
             where="rules",
-            mend="add `ndim: 2` to the rule's match",
+            hint="add `ndim: 2` to the rule's match",
         )
 
 

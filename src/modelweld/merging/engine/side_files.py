@@ -48,14 +48,14 @@ def _write_head(head: HeadPlan, inputs: Inputs, tree: Path, dtype: str | None) -
             raise MergeError(
                 f"{head.model} holds NaN or infinite values in its head ({name})",
                 where=expert.checkpoint.place(wrapping + name),
-                mend="mend or leave out this model",
+                hint="fix or remove this model",
             )
     prefixes = {PREFIX_KEY: head.prefix, REFERENCE_PREFIX_KEY: head.reference_prefix}
     write_tensors(directory / HEAD_WEIGHTS, tensors, prefixes)
     config = head_config(expert.adapter, inputs.reference, tensors) if expert.adapter else expert.checkpoint.config
     if not config:
         where = str(expert.checkpoint.path)
-        raise MergeError(f"{expert.label} has a head but no config.json", where=where, mend="add its config.json")
+        raise MergeError(f"{expert.label} has a head but no config.json", where=where, hint="add its config.json")
     _write_config(config, directory / "config.json", dtype)
 
 

@@ -28,13 +28,13 @@ def refuse_foreign(out: Path) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
-        raise ConfigError("exists and is not a directory", where=str(out), mend="name another output directory")
+        raise ConfigError("exists and is not a directory", where=str(out), hint="name another output directory")
     foreign = sorted(_files(out) - _own_files(out))
     if foreign:
         raise ConfigError(
             f"holds {len(foreign)} files that no merge wrote, first {foreign[0]}",
             where=str(out),
-            mend="name another output directory, or move these files away",
+            hint="name another output directory, or move these files away",
         )
 
 
@@ -52,7 +52,7 @@ def staged(out: Path, key: str, root: Path | None = None) -> Iterator[Path]:
     try:
         if not _locked(descriptor):
             raise ExternalError(
-                "another process is doing this very merge", where=str(out), mend="wait for it, or stop it"
+                "another process is doing this very merge", where=str(out), hint="wait for it, or stop it"
             )
         for stale in parent.glob(f"{out.name}-{'?' * _KEY_LENGTH}"):
             if stale != directory:
@@ -81,7 +81,7 @@ def publish(directory: Path, out: Path) -> None:
                 raise ExternalError(
                     "the staging directory is on another file system",
                     where=str(out),
-                    mend="keep .modelweld on the file system of the output",
+                    hint="keep .modelweld on the file system of the output",
                 ) from error
             raise
         _sync_directory(out.absolute().parent)

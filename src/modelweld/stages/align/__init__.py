@@ -2,7 +2,7 @@
 
 `members` proves each expert's symmetry on its real weights, `rows` draws what the models are run on, `search` matches
 units by weights and activations, `scoring` tries a value of alpha, `record` is what is written of all this. The engine
-then gets `views` of the checkpoints in which every unit stands in its place, and `repairing` mends the batch statistics
+then gets `views` of the checkpoints in which every unit stands in its place, and `repairing` recomputes the batch statistics
 of what it wrote.
 
     with open_inputs(recipe) as inputs:

@@ -30,7 +30,7 @@ def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
     """
     settings = recipe.alignment
     if settings is None:
-        raise ConfigError("the recipe asks for no alignment", where="align", mend="align: {}")
+        raise ConfigError("the recipe asks for no alignment", where="align", hint="align: {}")
     if settings.mode == "none":
         found = unmoved(settings, inputs, "every unit stays where it is: align.mode is none")
     elif inputs.experts and all(expert.adapter is not None for expert in inputs.experts):
@@ -59,7 +59,7 @@ def members_for(
     base.
     """
     if len(inputs.experts) < 2:
-        raise MergeError("alignment takes two models or more", where="models", mend="name another one")
+        raise MergeError("alignment takes two models or more", where="models", hint="name another one")
     common, experts = members_of(settings, inputs, root)
     if not _reads_base(plan, inputs, frozenset(name for name, axes in common.axes.items() if moves(axes))):
         return common, experts
@@ -67,7 +67,7 @@ def members_for(
         raise MergeError(
             f"zip merges units across models, and {recipe.method_name} (or a rule) reads the base",
             where="align.mode",
-            mend="use mode: align, or a method that needs no base",
+            hint="use mode: align, or a method that needs no base",
         )
     return common, [base_member(inputs, common, experts[0]), *experts]
 

@@ -63,7 +63,7 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
         raise MergeError(
             "nothing in this architecture can be permuted",
             where=first.label,
-            mend="merge without `align:`; `modelweld symmetry` says what froze each axis",
+            hint="merge without `align:`; `modelweld symmetry` says what froze each axis",
         )
     members = []
     for expert, live, spec, own_modules in zip(inputs.experts, lives, specs, modules, strict=True):
@@ -81,7 +81,7 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
 def base_member(inputs: Inputs, common: Spec, first: Member) -> Member:
     """The base as the model whose order is the common one; ConfigError without one."""
     if inputs.base is None:
-        raise ConfigError("the recipe names no base", where="base", mend="name it")
+        raise ConfigError("the recipe names no base", where="base", hint="name it")
     # It is run as the first expert's class, under that one's names.
     return replace(first, label=BASE, checkpoint=inputs.base, names={name: name for name in common.axes})
 
@@ -122,14 +122,14 @@ def proved(model: nn.Module, member: Member) -> float:
     try:
         return prove(model, member.live, example_inputs(model))
     except MergeError as error:
-        raise MergeError(error.what, where=f"{member.label}, {error.where}", mend=error.mend) from error
+        raise MergeError(error.what, where=f"{member.label}, {error.where}", hint=error.hint) from error
 
 
 def _derived(expert: Expert, root: Path) -> Spec:
     try:
         return derived(_config(expert.checkpoint), root)
     except MergeError as error:
-        raise MergeError(error.what, where=f"{expert.label}, {error.where}", mend=error.mend) from error
+        raise MergeError(error.what, where=f"{expert.label}, {error.where}", hint=error.hint) from error
 
 
 def _config(checkpoint: Checkpoint) -> Any:
@@ -157,7 +157,7 @@ def _movable(expert: Expert, stored: str, spec: Spec) -> bool:
     raise MergeError(
         f"{expert.label} stores {stored!r}, which is no tensor of its architecture by itself",
         where=expert.checkpoint.place(stored),
-        mend="load it with this version of transformers and save it again with save_original_format=False, or name it "
+        hint="load it with this version of transformers and save it again with save_original_format=False, or name it "
         "in the spec file (align.spec)",
     )
 
@@ -177,7 +177,7 @@ def _renaming(
                 same &= known.setdefault(other.group, one.group) == one.group
         if not same:
             raise MergeError(
-                f"{first} and {label} cannot be permuted alike there", where=name, mend="align one architecture"
+                f"{first} and {label} cannot be permuted alike there", where=name, hint="align one architecture"
             )
     return known
 

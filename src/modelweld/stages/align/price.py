@@ -134,10 +134,10 @@ class _Runs:
     def of(cls, settings: Align, plan: Plan, inputs: Inputs, models: int) -> _Runs:
         named = bool(settings.calibration)
         seen = settings.rows if named and settings.space != "weights" else 0
-        mended = settings.rows if repairs(settings, plan) else 0
+        extra_rows = settings.rows if repairs(settings, plan) else 0
         tasks = sum(task_of(one) in (settings.validation or {}) for one in inputs.experts)
         tries = len(settings.grid) if settings.alpha == "auto" and seen else 0
-        rows = seen * models + mended + tries * tasks * (settings.validation_rows + mended)
+        rows = seen * models + extra_rows + tries * tasks * (settings.validation_rows + extra_rows)
         return cls(rows, seen, models if seen else 1)
 
 

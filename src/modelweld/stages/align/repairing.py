@@ -38,12 +38,12 @@ def repairs(settings: Align, plan: Plan) -> bool:
     has_statistics = any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors)
     if settings.repair and not settings.calibration:
         raise ConfigError(
-            "repair: true needs rows to run the merge on", where="align.calibration", mend="name a few hundred rows"
+            "repair: true needs rows to run the merge on", where="align.calibration", hint="name a few hundred rows"
         )
     return has_statistics and settings.repair is not False and bool(settings.calibration)
 
 
-def mended(model: nn.Module, calibration: Calibration) -> int:
+def recompute_statistics(model: nn.Module, calibration: Calibration) -> int:
     """How many layers of the model have new batch statistics, from the calibration rows."""
     return repair(model, [call_of(model, batch) for batch in calibration.batches])
 
@@ -64,7 +64,7 @@ def repaired(
     head = plan.heads[0] if plan.heads else None
     model = load(tree, head.task if head else None).float()
     with _one_thread():
-        layers = mended(model, calibration)
+        layers = recompute_statistics(model, calibration)
     finished, slots = dict(execution.finished), plan.layout.slots
     shards = {shard.file: ShardFile(shard, tree) for shard in plan.layout.shards}
     try:
@@ -73,7 +73,7 @@ def repaired(
             if buffer in kept:
                 continue
             if buffer not in names:
-                raise MergeError("is in no file of the merge", where=buffer, mend="leave `repair` out: repair: false")
+                raise MergeError("is in no file of the merge", where=buffer, hint="leave `repair` out: repair: false")
             name, slot = names[buffer], slots[names[buffer]]
             raw = bytes_of(statistic.to(slot.dtype).contiguous())
             shards[slot.file].write(slot, 0, raw)

@@ -48,7 +48,7 @@ def calibration_of(settings: Align, inputs: Inputs) -> Calibration:
         raise ConfigError(
             "names rows of texts and rows of images, and no model takes both",
             where="align.calibration",
-            mend="keep those that these models are made for",
+            hint="keep those that these models are made for",
         )
     shares = _shares(settings, named)
     images = any(rows.image is not None for rows in named.values())
@@ -57,7 +57,7 @@ def calibration_of(settings: Align, inputs: Inputs) -> Calibration:
         raise MergeError(
             f"{len(prints)} calibration rows are too few to correlate units by, at least {LEAST_ROWS}",
             where="align.calibration",
-            mend="name more rows (a few hundred are enough), or set space: weights",
+            hint="name more rows (a few hundred are enough), or set space: weights",
         )
     hasher = blake3()
     for one in prints:
@@ -73,7 +73,7 @@ def call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ConfigError(
             f"a {type(model).__name__} takes no {', '.join(batch)}",
             where="align.calibration",
-            mend="`text:` names a column of texts, `image:` one of images",
+            hint="`text:` names a column of texts, `image:` one of images",
         )
     if "decoder_input_ids" in taken:
         call["decoder_input_ids"] = call["input_ids"]
@@ -142,7 +142,7 @@ def _texts(settings: Align, shares: _Shares, inputs: Inputs) -> tuple[Batches, l
             raise ConfigError(
                 f"names texts, and there is no tokenizer in {inputs.reference.path}",
                 where="align.calibration",
-                mend="`image:` names a column of images",
+                hint="`image:` names a column of images",
             )
         tokenizer = load_tokenizer(inputs.reference.path)
         encoded = encode(tokenizer, texts, settings.max_length)

@@ -22,7 +22,7 @@ from modelweld.merging.engine.inputs import task_of
 from modelweld.merging.engine.plan import TensorPlan
 from modelweld.merging.registry import method
 from modelweld.stages.align.members import Member
-from modelweld.stages.align.repairing import mended, repairs
+from modelweld.stages.align.repairing import recompute_statistics, repairs
 from modelweld.stages.align.rows import Calibration, accuracy_on
 from modelweld.stages.align.views import placed_inputs
 from modelweld.symmetry import Alignment, Zipped
@@ -82,7 +82,7 @@ class Scorer:
             live = {modules[name]: tensor for name, tensor in state.items() if name in modules}
             model.load_state_dict(live, strict=False)
             if self._calibration is not None:
-                mended(model, self._calibration)
+                recompute_statistics(model, self._calibration)
             scores.append(trial.accuracy(model))
         return sum(scores) / len(scores)
 
@@ -134,6 +134,6 @@ def _trials(settings: Align, inputs: Inputs) -> list[_Trial]:
         raise ConfigError(
             "alpha: auto needs labelled rows of a task that an expert has a head for",
             where="align.validation",
-            mend="validation: {task: {dataset: …, split: validation}}",
+            hint="validation: {task: {dataset: …, split: validation}}",
         )
     return trials

@@ -86,13 +86,13 @@ def _wants_activations(settings: Align) -> bool:
     wants = settings.space != "weights" and bool(settings.calibration)
     if not wants and settings.space in ("dual", "activations"):
         raise ConfigError(
-            f"space: {settings.space} needs rows to run the models on", where="align.calibration", mend="name them"
+            f"space: {settings.space} needs rows to run the models on", where="align.calibration", hint="name them"
         )
     if not wants and settings.alpha == "auto":
         raise ConfigError(
             "alpha: auto weighs weights against activations, and there are no calibration rows",
             where="align.calibration",
-            mend="calibration: {name: {dataset: …}}",
+            hint="calibration: {name: {dataset: …}}",
         )
     return wants
 
@@ -117,7 +117,7 @@ def _observed(
             raise MergeError(
                 f"{member.label} is a {type(model).__name__}, {first.label} a {type(models[0]).__name__}",
                 where="align",
-                mend="align by weights alone: space: weights",
+                hint="align by weights alone: space: weights",
             )
     calls = [call_of(models[0], batch) for batch in calibration.batches]
     return observe(models, first.live, calls, whole=settings.mode == "zip", scratch=scratch)
@@ -132,6 +132,6 @@ def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> d
         preserved[member.label] = error
         if error >= TOLERANCE:
             raise MergeError(
-                f"its alignment changes what it computes by {error:.1e}", where=member.label, mend="report this"
+                f"its alignment changes what it computes by {error:.1e}", where=member.label, hint="report this"
             )
     return preserved
