@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-# What `modelweld.stages.align.search` calls one after the other.
+# What `modelweld.alignment.search` calls one after the other.
 PHASES = {"load": "load", "proved": "prove", "observe": "observe", "align": "match", "output_error": "check"}
 
 
@@ -68,7 +68,7 @@ def prepare(root: Path, asked: argparse.Namespace) -> Path:
 
 def measure(recipe: Path) -> None:
     """Run the recipe in this process; print the seconds of each phase, and what memory peaked at by its end."""
-    from modelweld.stages.align import search
+    from modelweld.alignment import search
     from modelweld.stages.merge import merge
 
     seconds: Counter[str] = Counter()

@@ -23,7 +23,7 @@ from torch import nn
 from modelweld.symmetry import Spec, derive_spec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.architectures import ARCHITECTURES, build, resnet
+from tests.support.architectures import ARCHITECTURES, build, resnet
 
 # class, config, options: the depth and width of the published models
 REAL: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modelweld.merging import LowRank, drm
-from modelweld.merging.selection import quota_threshold
+from modelweld.methods import LowRank, drm
+from modelweld.methods.numerics.selection import quota_threshold
 
 DROP_RATE = 0.8
 SHAPES = [(768, 768, 3), (768, 768, 5), (768, 3072, 3), (768, 3072, 5), (2048, 2048, 3), (2048, 2048, 5)]

@@ -1,7 +1,7 @@
 """Merge finetuned models in production, and prove it later.
 
 `merge` welds experts by a recipe; `load` opens a merged directory with one task's head. Everything else is a room of
-its own: `modelweld.merging` (the methods), `modelweld.symmetry` (alignment), `modelweld.config` (recipes and params).
+its own: `modelweld.methods` (the methods), `modelweld.symmetry` (alignment), `modelweld.config` (recipes and params).
 
     import modelweld
     modelweld.merge("recipe.yaml", "merged")

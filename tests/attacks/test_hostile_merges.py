@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from modelweld.cli import main
 from modelweld.lineage import manifest
-from tests.adapters import write_classifier_adapter
 from tests.conftest import Family
+from tests.support.adapters import write_classifier_adapter
 
 QUERY = "layers.0.attn.q_proj.weight"
 SHAPES = {

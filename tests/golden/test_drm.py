@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modelweld.merging import drm, ties
-from modelweld.merging.election import elect
-from modelweld.merging.selection import magnitude_threshold
+from modelweld.methods import drm, ties
+from modelweld.methods.numerics.election import elect
+from modelweld.methods.numerics.selection import magnitude_threshold
 
 SUBSET = Path(__file__).parent / "drm"
 FULL_COUNTS = {"well_posed": 654, "tie_sensitive": 28, "nan": 21, "noise_defined": 21, "error": 14}

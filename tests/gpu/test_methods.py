@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelweld.merging import LowRank
-from modelweld.merging.registry import TensorContext, method, methods
+from modelweld.methods import LowRank
+from modelweld.methods.registry import TensorContext, method, methods
 
 pytestmark = [
     pytest.mark.gpu,

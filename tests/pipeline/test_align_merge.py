@@ -237,9 +237,9 @@ def test_activations_that_are_not_finite_are_refused(family: Family, weld: Weld)
 
 @pytest.mark.parametrize("method", ["ties", "dare", "drm", "average"])
 def test_alpha_is_scored_by_the_very_merge_that_is_written(family: Family, method: str, tmp_path: Path) -> None:
-    from modelweld.merging.engine import build, open_inputs
-    from modelweld.stages.align import aligned
-    from modelweld.stages.align.scoring import merged_backbone
+    from modelweld.alignment import aligned
+    from modelweld.alignment.scoring import merged_backbone
+    from modelweld.engine import build, open_inputs
 
     document = {"method": method, "base": str(family.base), "models": _models(family), "align": {}}
     file = tmp_path / "recipe.yaml"
@@ -257,7 +257,7 @@ def test_alpha_is_scored_by_the_very_merge_that_is_written(family: Family, metho
 def test_a_method_that_takes_long_is_stood_in_for_by_the_mean_and_the_record_says_so(
     family: Family, weld: Weld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelweld.stages.align import scoring
+    from modelweld.alignment import scoring
 
     settings = {"alpha": "auto", "grid": [0.5, 1.0], "calibration": rows(family), "rows": 32}
     settings["validation"] = rows(family, "validation")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from modelweld.alignment.price import Price
 from modelweld.cli.app import main
 from modelweld.errors import MergeError
-from modelweld.stages.align.price import Price
 from modelweld.stages.plan import plan
 from tests.conftest import Family
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import transformers as hf
 
+from modelweld.alignment.landscape import kept_landscape, landscape
 from modelweld.errors import ConfigError, InputError
 from modelweld.stages.evaluate import evaluate
-from modelweld.stages.landscape import kept_landscape, landscape
 from modelweld.stages.merge import merge_pipeline
 from modelweld.stages.report import report
 from modelweld.symmetry import derive_spec
@@ -82,10 +82,10 @@ def test_the_plane_holds_its_corners(project: Path) -> None:
     assert found["points"]["animal"][0] > found["points"]["merge"][0]
     assert found["points"]["merge"][1] > 0.0
     assert found["tasks"].keys() == {"colour", "animal"}
+    from modelweld.alignment.plane import Order, Plane, corners_of
     from modelweld.checkpoints import Checkpoint
-    from modelweld.merging.engine import open_inputs
+    from modelweld.engine import open_inputs
     from modelweld.stages.plan import recipe_in
-    from modelweld.stages.plane import Order, Plane, corners_of
 
     recipe = recipe_in(project / "params.yaml")
     assert recipe.alignment is not None

@@ -13,7 +13,7 @@ from modelweld.checkpoints.loading import load
 from modelweld.errors import MergeError
 from modelweld.stages.merge import merge
 from modelweld.symmetry import derive_spec
-from tests.architectures import build
+from tests.support.architectures import build
 
 
 def stored(name: str, root: Path, **options: bool) -> Path:

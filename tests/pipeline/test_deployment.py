@@ -19,7 +19,7 @@ import pytest
 
 from modelweld.workspace import Project
 from tests.conftest import build_family, pipeline_params
-from tests.toy import environment
+from tests.support.toy import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

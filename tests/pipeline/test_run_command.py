@@ -21,7 +21,7 @@ import yaml
 
 from modelweld.workspace import Project
 from tests.conftest import build_family, pipeline_params
-from tests.toy import Toy, environment, make_toy
+from tests.support.toy import Toy, environment, make_toy
 
 pytestmark = pytest.mark.slow
 MODELWELD = str(Path(sys.executable).with_name("modelweld"))

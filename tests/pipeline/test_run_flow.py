@@ -21,7 +21,7 @@ from modelweld.errors import (
     WorkspaceError,
 )
 from modelweld.workspace import Project
-from tests.toy import Toy, make_toy
+from tests.support.toy import Toy, make_toy
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from modelweld.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from modelweld.merging.engine import Watcher
+    from modelweld.engine import Watcher
     from modelweld.stages.merge import MergeReport
     from modelweld.stages.plan import Foresight
 

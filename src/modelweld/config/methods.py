@@ -1,6 +1,6 @@
 """Parameters of every merge method: what a recipe may say after `method:`.
 
-The functions that use them live in `modelweld.merging`, one a file; they are declared here, in the lowest room, because
+The functions that use them live in `modelweld.methods`, one a file; they are declared here, in the lowest room, because
 the recipe's schema and its refusals must not import torch.
 """
 

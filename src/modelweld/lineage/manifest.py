@@ -24,12 +24,12 @@ from modelweld.checkpoints.digests import file_blake3, holds, shard_digest
 from modelweld.checkpoints.loading import HEAD_WEIGHTS, HEADS
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe
+from modelweld.engine.execute import Execution
+from modelweld.engine.inputs import Inputs
+from modelweld.engine.journal import Finished
+from modelweld.engine.plan import Plan, TensorPlan
 from modelweld.errors import CheckpointError
-from modelweld.merging.engine.execute import Execution
-from modelweld.merging.engine.inputs import Inputs
-from modelweld.merging.engine.journal import Finished
-from modelweld.merging.engine.plan import Plan, TensorPlan
-from modelweld.merging.registry import method
+from modelweld.methods.registry import method
 
 SCHEMA = "modelweld.manifest/1"
 FILE = "manifest.json"

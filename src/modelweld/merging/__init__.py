@@ -1,13 +1,13 @@
-"""Merge methods as pure functions, tensors in and a tensor out: one module a method, `registry` knows them all.
+"""The merge methods, for callers: pure functions over tensors.
 
     from modelweld.merging import drm
     merged = drm.merge(deltas, direction="horizontal", drop_rate=0.8)  # deltas (N, n, m)
 
-What the methods share is beside them: `selection` (exact thresholds), `election` (signs and the disjoint mean),
-`operands` (what is asked of the input).
+The modules are those of `modelweld.methods`; this name is the one that stays.
 """
 
-from modelweld.merging import (
+from modelweld.methods import (
+    LowRank,
     average,
     breadcrumbs,
     dare,
@@ -24,7 +24,6 @@ from modelweld.merging import (
     ties,
     tsv_m,
 )
-from modelweld.merging.low_rank import LowRank
 
 __all__ = [
     "LowRank",

@@ -18,9 +18,7 @@ from pydantic import ValidationError
 
 from modelweld.config import Recipe
 from modelweld.config.recipe import RECIPE_ADAPTER
-from modelweld.errors import ConfigError
-from modelweld.lineage import manifest, model_card
-from modelweld.merging.engine import (
+from modelweld.engine import (
     Watcher,
     build,
     execute_together,
@@ -30,6 +28,8 @@ from modelweld.merging.engine import (
     refuse_foreign,
     staged,
 )
+from modelweld.errors import ConfigError
+from modelweld.lineage import manifest, model_card
 from modelweld.stages.merge import MergeReport, report_of
 
 Grid = Mapping[str, Sequence[Any]]

@@ -15,9 +15,7 @@ from blake3 import blake3
 
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.config.loading import rooted
-from modelweld.errors import ConfigError
-from modelweld.lineage import manifest, model_card
-from modelweld.merging.engine import (
+from modelweld.engine import (
     Execution,
     Plan,
     Watcher,
@@ -29,7 +27,9 @@ from modelweld.merging.engine import (
     refuse_foreign,
     staged,
 )
-from modelweld.merging.engine.memory import peak_resident
+from modelweld.engine.memory import peak_resident
+from modelweld.errors import ConfigError
+from modelweld.lineage import manifest, model_card
 
 LOCK = "sources.lock.json"
 STAGING = Path(".modelweld") / "staging"
@@ -98,7 +98,7 @@ def merge(
         alignment = None
         if recipe.alignment is not None:
             # Here, because it brings along solvers and the evaluation, which other merges need not wait for.
-            from modelweld.stages.align import aligned, repaired
+            from modelweld.alignment import aligned, repaired
 
             alignment = aligned(recipe, plan, inputs, root or Path())
             inputs, plan = alignment.inputs, replace(plan, notes=(*plan.notes, *alignment.notes))

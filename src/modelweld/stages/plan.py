@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import yaml
 
+from modelweld.alignment.price import Price, price
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.config.loading import rooted
+from modelweld.engine import Plan, build, open_inputs, place, refuse_foreign
+from modelweld.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
+from modelweld.engine.lane import free_on
+from modelweld.engine.memory import peak_resident, working_bytes
+from modelweld.engine.plan import dtype_name
 from modelweld.errors import ConfigError, DiskFull, MergeError
-from modelweld.merging.engine import Plan, build, open_inputs, place, refuse_foreign
-from modelweld.merging.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
-from modelweld.merging.engine.lane import free_on
-from modelweld.merging.engine.memory import peak_resident, working_bytes
-from modelweld.merging.engine.plan import dtype_name
-from modelweld.stages.align.price import Price, price
 from modelweld.stages.sighting import sighted
 
 _GB = 1e9

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from modelweld.alignment import DOCUMENT
+from modelweld.alignment.landscape import kept_landscape, landscape
 from modelweld.checkpoints.checkpoint import read_json
 from modelweld.errors import InputError
 from modelweld.evaluation.scores import scoreboard
 from modelweld.lineage.manifest import FILE, read
 from modelweld.reporting import write_report
-from modelweld.stages.align import DOCUMENT
-from modelweld.stages.landscape import kept_landscape, landscape
 
 DEFAULT_OUT = Path(".modelweld") / "report"
 

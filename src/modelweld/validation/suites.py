@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from modelweld.config.methods import Strict
 from modelweld.errors import ConfigError
@@ -31,7 +31,15 @@ class Expectation(Strict):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     severity: Literal["critical", "warning"] = "critical"
     lifted_by: tuple[str, ...] = ()
-    hint: str = Field(validation_alias=AliasChoices("hint", "mend"))  # `mend` until 0.1.0
+    hint: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_name(cls, written: Any) -> Any:
+        # `hint` was called `mend` in 0.1.0: suites that users wrote then are still read.
+        if isinstance(written, dict) and "mend" in written and "hint" not in written:
+            return {("hint" if key == "mend" else key): value for key, value in written.items()}
+        return written
 
 
 class Suite(Strict):

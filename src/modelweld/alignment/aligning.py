@@ -1,0 +1,95 @@
+"""From a plan's inputs to the same inputs in one order of units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from modelweld.alignment.members import Member, base_member, members_of, moves
+from modelweld.alignment.record import Aligned, document_of, note_of, places_of, unmoved, with_warnings
+from modelweld.alignment.search import search
+from modelweld.alignment.symmetry import CACHE
+from modelweld.alignment.views import placed_inputs
+from modelweld.checkpoints.shards import disk_errors
+from modelweld.config import Recipe
+from modelweld.config.align import Align
+from modelweld.engine import Inputs, Plan
+from modelweld.errors import ConfigError, MergeError
+from modelweld.methods.registry import method
+from modelweld.symmetry import Spec
+
+
+def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
+    """The inputs of a plan in one order of units; specs are cached below `root`.
+
+    The first expert's order is the common one, or the base's where the plan reads it. Raises MergeError for models that
+    cannot be aligned, a symmetry that does not hold, and calibration rows that do not do; InputError for the rows
+    themselves.
+    """
+    settings = recipe.alignment
+    if settings is None:
+        raise ConfigError("the recipe asks for no alignment", where="align", hint="align: {}")
+    if settings.mode == "none":
+        found = unmoved(settings, inputs, "every unit stays where it is: align.mode is none")
+    elif inputs.experts and all(expert.adapter is not None for expert in inputs.experts):
+        why = "all experts are adapters of one base and keep its units: they are aligned already, nothing is permuted"
+        found = unmoved(settings, inputs, why)
+    else:
+        found = _matched(recipe, settings, plan, inputs, root)
+    return with_warnings(found, settings, plan)
+
+
+def _matched(recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
+    common, members = members_for(recipe, settings, plan, inputs, root)
+    with _scratch(root) as scratch:
+        found = search(settings, plan, common, members, inputs, scratch)
+    document = document_of(settings, recipe.method_name, common, members, found)
+    views = placed_inputs(inputs, members, found.placement.placed)
+    return Aligned(views, document, places_of(members, found), (note_of(document),))
+
+
+def members_for(
+    recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path
+) -> tuple[Spec, Sequence[Member]]:
+    """The common spec and the models that are matched: the experts, behind the base where the plan reads that.
+
+    Raises MergeError for a single model, for models that cannot be aligned, and for a zip with a method that reads the
+    base.
+    """
+    if len(inputs.experts) < 2:
+        raise MergeError("alignment takes two models or more", where="models", hint="name another one")
+    common, experts = members_of(settings, inputs, root)
+    if not _reads_base(plan, inputs, frozenset(name for name, axes in common.axes.items() if moves(axes))):
+        return common, experts
+    if settings.mode == "zip":
+        raise MergeError(
+            f"zip merges units across models, and {recipe.method_name} (or a rule) reads the base",
+            where="align.mode",
+            hint="use mode: align, or a method that needs no base",
+        )
+    return common, [base_member(inputs, common, experts[0]), *experts]
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder for what the search puts down, gone with it: beside the other caches, since it can be large."""
+    home = root / CACHE.parts[0]
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        made = TemporaryDirectory(prefix="align-", dir=home)
+    with made as name:
+        yield Path(name)
+
+
+def _reads_base(plan: Plan, inputs: Inputs, moved: frozenset[str]) -> bool:
+    if inputs.base is None:
+        return False
+    for tensor in plan.tensors:
+        if tensor.name not in moved:
+            continue
+        chosen = method(tensor.parameters.method) if tensor.parameters else None
+        if chosen is None or chosen.needs_base or chosen.whole_matrix:
+            return True
+    return False

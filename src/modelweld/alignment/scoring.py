@@ -1,0 +1,139 @@
+"""How good a value of alpha is: the merge that it leads to, made in memory and scored on validation rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelweld.alignment.members import Member
+from modelweld.alignment.repairing import recompute_statistics, repairs
+from modelweld.alignment.rows import Calibration, accuracy_on
+from modelweld.alignment.views import placed_inputs
+from modelweld.checkpoints.buffers import bytes_of
+from modelweld.checkpoints.shards import Slot
+from modelweld.config.align import Align
+from modelweld.config.methods import Linear
+from modelweld.engine import Inputs, Plan
+from modelweld.engine.compute import Worker
+from modelweld.engine.estimate import matrix_work
+from modelweld.engine.inputs import task_of
+from modelweld.engine.plan import TensorPlan
+from modelweld.errors import ConfigError
+from modelweld.methods.registry import method
+from modelweld.symmetry import Alignment, Zipped
+
+# About a minute of factorising here; a method that takes longer over the whole curve is stood in for by the mean.
+AFFORDABLE_FLOPS = 2e12
+STAND_IN = Linear()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One task's validation rows, and which expert answers them."""
+
+    expert: int
+    accuracy: Callable[[Any], float]
+
+
+class Scorer:
+    """Scores of merges by alpha on the validation rows. The models it is given are overwritten."""
+
+    def __init__(
+        self,
+        settings: Align,
+        plan: Plan,
+        members: Sequence[Member],
+        models: Sequence[nn.Module],
+        inputs: Inputs,
+        calibration: Calibration,
+    ) -> None:
+        self._settings, self._members, self._inputs = settings, members, inputs
+        labels = [member.label for member in members]
+        self._models = [models[labels.index(expert.label)] for expert in inputs.experts]
+        self._modules = [members[labels.index(expert.label)].modules for expert in inputs.experts]
+        self._trials = _trials(settings, inputs)
+        self._plan = affordable(plan, len(inputs.experts), len(settings.grid))
+        self._calibration = calibration if repairs(settings, plan) else None
+
+    def curve(self, match: Callable[[float], Alignment | Zipped]) -> dict[float, float]:
+        """By alpha, the mean accuracy over tasks of the merge of the aligned set."""
+        return {alpha: self._score(match(alpha)) for alpha in self._settings.grid}
+
+    @property
+    def stood_in(self) -> bool:
+        """Whether a method that is too slow to try was stood in for by the (weighted) mean."""
+        return any(tensor.parameters is STAND_IN for tensor in self._plan.tensors)
+
+    def _score(self, found: Alignment | Zipped) -> float:
+        views = placed_inputs(self._inputs, self._members, found.placed)
+        merged = merged_backbone(self._plan, views)
+        scores = []
+        for trial in self._trials:
+            model, expert = self._models[trial.expert], views.experts[trial.expert]
+            names = expert.alignment.names
+            state = {names[name]: tensor for name, tensor in merged.items() if name in names}
+            state |= {name: expert.checkpoint.read(name) for name in expert.alignment.head}
+            modules = self._modules[trial.expert]
+            live = {modules[name]: tensor for name, tensor in state.items() if name in modules}
+            model.load_state_dict(live, strict=False)
+            if self._calibration is not None:
+                recompute_statistics(model, self._calibration)
+            scores.append(trial.accuracy(model))
+        return sum(scores) / len(scores)
+
+
+def merged_backbone(plan: Plan, inputs: Inputs) -> dict[str, Tensor]:
+    """What the engine would write, by name, in memory: the same methods, rules, seeds and rounding."""
+    worker = Worker(inputs, torch.device("cpu"), threading.Event(), lambda _: None)
+    slots, merged = plan.layout.slots, {}
+    for tensor in plan.tensors:
+        out = _Memory(slots[tensor.name])
+        worker.make(tensor, slots[tensor.name], out)
+        merged[tensor.name] = out.tensor
+    return merged
+
+
+def affordable(plan: Plan, experts: int, times: int) -> Plan:
+    """The plan, or where its matrix methods would take too long that many times, one with the mean in their place."""
+
+    def slow(tensor: TensorPlan) -> bool:
+        return tensor.parameters is not None and method(tensor.parameters.method).whole_matrix
+
+    works = [matrix_work(tensor, experts) for tensor in plan.tensors if slow(tensor)]
+    if times * sum(work.gemm + work.eigh for work in works) <= AFFORDABLE_FLOPS:
+        return plan
+    plain: dict[str, Any] = {"parameters": STAND_IN, "transposed": False, "packing": None, "route": "dense"}
+    return replace(plan, tensors=tuple(replace(t, **plain) if slow(t) else t for t in plan.tensors))
+
+
+class _Memory:
+    """A tensor's bytes, kept."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._raw = torch.empty(slot.nbytes, dtype=torch.uint8)
+        self.tensor = self._raw.view(slot.dtype).reshape(slot.shape)
+
+    def write(self, slot: Slot, start: int, data: memoryview) -> None:
+        """Put bytes at `start`."""
+        bytes_of(self._raw)[start : start + len(data)] = data
+
+
+def _trials(settings: Align, inputs: Inputs) -> list[_Trial]:
+    named: Mapping[str, Any] = settings.validation or {}
+    trials = [
+        _Trial(number, accuracy_on(named[task_of(expert)], settings, task_of(expert), expert, inputs))
+        for number, expert in enumerate(inputs.experts)
+        if task_of(expert) in named and expert.alignment.head
+    ]
+    if not trials:
+        raise ConfigError(
+            "alpha: auto needs labelled rows of a task that an expert has a head for",
+            where="align.validation",
+            hint="validation: {task: {dataset: …, split: validation}}",
+        )
+    return trials

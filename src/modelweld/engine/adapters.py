@@ -1,0 +1,180 @@
+"""LoRA experts in the engine: which tensors stay low-rank, how their factors are merged, and merged adapters kept so.
+
+A weight that adapters change is merged in its factors where the method can and no whole tensor takes part; otherwise
+its delta is made dense, one weight at a time. What no adapter changes is the base's, unread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from modelweld.checkpoints.adapter import WRAPPING
+from modelweld.config import Recipe
+from modelweld.config.methods import MethodParameters
+from modelweld.engine.figures import joined
+from modelweld.engine.inputs import Expert, Inputs
+from modelweld.engine.packing import pack, unpack
+from modelweld.errors import ConfigError
+from modelweld.methods.numerics.low_rank import LowRank
+from modelweld.methods.numerics.operands import Weights
+from modelweld.methods.registry import Method, TensorContext, method
+
+if TYPE_CHECKING:
+    from modelweld.engine.plan import TensorPlan
+
+Route = Literal["dense", "densified", "factors"]
+
+
+def route_of(name: str, parameters: MethodParameters, inputs: Inputs) -> Route | None:
+    """How a merged tensor is computed; None when no expert changes it, so that the base's own is the result."""
+    kinds = [_kind(expert, name) for expert in inputs.experts]
+    chosen, keeps_base = method(parameters.method), _keeps_base(parameters)
+    if keeps_base and all(kind == "untouched" for kind in kinds):
+        return None
+    if "factors" not in kinds:
+        return "dense"
+    return "factors" if chosen.low_rank and keeps_base and "whole" not in kinds else "densified"
+
+
+def ranks_of(name: str, inputs: Inputs) -> tuple[int, ...]:
+    """The rank of every expert's factors of a weight, in their order; 0 without any."""
+    pairs = [expert.adapter.pairs.get(name) if expert.adapter else None for expert in inputs.experts]
+    return tuple(pair.rank if pair else 0 for pair in pairs)
+
+
+def bytes_read(name: str, expert: Expert) -> int:
+    """What an expert's part in an adapted tensor takes to read."""
+    tensors = expert.checkpoint.tensors
+    if expert.adapter is None or name not in expert.adapter.touched:
+        return 0 if expert.adapter else tensors[expert.alignment.names[name]].nbytes
+    pair = expert.adapter.pairs.get(name)
+    return tensors[pair.A].nbytes + tensors[pair.B].nbytes if pair else tensors[expert.alignment.names[name]].nbytes
+
+
+def factors_of(name: str, shape: Sequence[int], expert: Expert, read: Callable[[str], Tensor]) -> LowRank | None:
+    """An expert's delta of one weight, float64, in the layout of the weight; None when the expert holds it whole.
+
+    `read` brings a stored tensor in float64. An adapter that has left the weight alone gives factors of rank 0.
+    """
+    if expert.adapter is None:
+        return None
+    pair = expert.adapter.pairs.get(name)
+    if pair is None:
+        if name in expert.adapter.touched:
+            return None
+        return LowRank(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
+    return LowRank(*expert.adapter.factors(name, read))
+
+
+def merge_factors(
+    chosen: Method,
+    parameters: MethodParameters,
+    factors: Sequence[LowRank],
+    tensor: TensorPlan,
+    weights: Weights,
+    context: TensorContext,
+) -> LowRank:
+    """The merged delta as factors in the layout of the weight; packed projections are merged part by part."""
+    upright = [factor.transposed if tensor.transposed else factor for factor in factors]
+    if not tensor.packing:
+        merged = chosen.merge_low_rank(upright, parameters, weights, context=context)
+        return merged.transposed if tensor.transposed else merged
+    # Each part's rows of B belong to it alone, so the parts' factors stand side by side without mixing.
+    parts: list[list[LowRank]] = [[] for _ in tensor.packing.sizes]
+    for factor in upright:
+        for part, rows in zip(parts, unpack(factor.B.unsqueeze(0), tensor.packing), strict=True):
+            part.append(LowRank(rows[0], factor.A))
+    done, notes = [], []
+    for number, part in enumerate(parts):
+        own = dataclasses.replace(context, name=f"{context.name}[{number}]", notes={})
+        done.append(chosen.merge_low_rank(part, parameters, weights, context=own))
+        notes.append((tensor.packing.sizes[number], own.notes))
+    context.notes.update(joined(notes))
+    width, left, before = sum(factor.rank for factor in done), [], 0
+    for factor in done:
+        padded = torch.zeros(factor.B.shape[0], width, dtype=factor.B.dtype, device=factor.B.device)
+        padded[:, before : before + factor.rank] = factor.B
+        left.append(padded)
+        before += factor.rank
+    merged = LowRank(pack(left, tensor.packing), torch.cat([factor.A for factor in done]))
+    return merged.transposed if tensor.transposed else merged
+
+
+def kept_as_adapter(
+    recipe: Recipe, tensors: Sequence[TensorPlan], inputs: Inputs
+) -> tuple[list[TensorPlan], dict[str, int]]:
+    """The two factors of every merged weight as output tensors, and the ranks by module for the adapter's config.
+
+    Raises ConfigError naming the tensor or expert that cannot stay low-rank.
+    """
+    for expert in inputs.experts:
+        if expert.adapter is None:
+            raise _cannot_keep(f"{expert.label} is a whole model")
+    merged = [tensor for tensor in tensors if tensor.action == "merge"]
+    for tensor in merged:
+        if tensor.route != "factors":
+            raise _cannot_keep(f"{tensor.name} is merged densely by {tensor.method}")
+    first = inputs.experts[0].alignment
+    dtype = torch.float32 if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
+    kept: list[TensorPlan] = []
+    ranks: dict[str, int] = {}
+    for tensor in merged:
+        module = (first.prefix + tensor.name.removeprefix(first.reference_prefix)).removesuffix(".weight")
+        pairs = [expert.adapter.pairs.get(tensor.name) for expert in inputs.experts if expert.adapter]
+        present = [pair for pair in pairs if pair is not None]
+        rank = ranks[module] = _rank(tensor, [pair.rank for pair in present], len(pairs))
+        table, flipped = present[0].table, present[0].transposed
+        rows, columns = tensor.shape
+        out, inner = (columns, rows) if table or flipped else (rows, columns)
+        sides: tuple[tuple[Literal["A", "B"], tuple[int, int]], ...] = (("A", (rank, inner)), ("B", (out, rank)))
+        for side, shape in sides:
+            name = WRAPPING + (f"{module}.lora_embedding_{side}" if table else f"{module}.lora_{side}.weight")
+            kept.append(
+                dataclasses.replace(
+                    tensor, name=name, shape=shape, dtype=dtype, factor=side, whole=tensor, flipped=table or flipped
+                )
+            )
+    return kept, ranks
+
+
+def stored_factor(merged: LowRank, tensor: TensorPlan) -> Tensor:
+    """The factor that is to be written, padded with zeros to the rank that the plan gave it."""
+    if tensor.whole is None or tensor.factor is None:
+        raise ConfigError(f"{tensor.name} is no factor of a weight")
+    # PEFT's B @ A is (out, in) for a linear layer, whatever its storage, and the transpose of an embedding's weight.
+    oriented = merged.transposed if tensor.flipped else merged
+    factor = oriented.A if tensor.factor == "A" else oriented.B
+    padded = torch.zeros(tensor.shape, dtype=factor.dtype)
+    padded[: factor.shape[0], : factor.shape[1]] = factor
+    return padded
+
+
+def _kind(expert: Expert, name: str) -> Literal["whole", "factors", "untouched"]:
+    if expert.adapter is None:
+        return "whole"
+    if name in expert.adapter.pairs:
+        return "factors"
+    return "whole" if name in expert.adapter.touched else "untouched"
+
+
+def _keeps_base(parameters: MethodParameters) -> bool:
+    """Whether equal models come out as they are: a result that is the base plus what is merged of the deltas."""
+    if method(parameters.method).needs_base:
+        return True
+    return parameters.scale == 1.0 and bool(getattr(parameters, "normalize", True))
+
+
+def _rank(tensor: TensorPlan, ranks: list[int], experts: int) -> int:
+    parts = len(tensor.packing.sizes) if tensor.packing else 1
+    return parts * (experts * max(ranks) if tensor.method == "tsv_m" else sum(ranks))
+
+
+def _cannot_keep(why: str) -> ConfigError:
+    return ConfigError(
+        f"the result is no adapter: {why}", where="output.adapter", hint="use `adapter: fold`, which writes a model"
+    )

@@ -1,0 +1,1 @@
+"""What several methods compute with: exact thresholds, sign election, spectra, random streams, compiled loops."""

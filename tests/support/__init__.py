@@ -1,0 +1,1 @@
+"""What several tests build on: tiny checkpoints, adapters and architectures, and a project that takes no time."""

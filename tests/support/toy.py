@@ -1,0 +1,180 @@
+"""A throw-away project: the real dvc.yaml with commands that take no time, over real git and DVC.
+
+A stage can be told to fail, to wait or to leave a mark, by files in the project's `orders/` folder, which no stage
+depends on: `orders/<stage>.exit` holds the exit codes of its next attempts, `orders/<stage>.sleep` seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SHIPPED_GRAPH = Path(__file__).parents[2] / "dvc.yaml"
+
+STAGE = """\
+import hashlib, json, os, pathlib, sys, time
+
+kind, *rest = sys.argv[1:]
+name = "@".join([kind, *rest])
+home = pathlib.Path(os.environ.get("MODELWELD_PROJECT_ROOT", "."))
+
+
+def digest(*names):
+    total = hashlib.sha256()
+    for path in sorted(p for n in names for p in pathlib.Path(n).rglob("*") if p.is_file()):
+        total.update(path.as_posix().encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def write(path, content):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1, sort_keys=True))
+
+
+print(f"at work on {name}", flush=True)
+with (home / "orders" / "ran.txt").open("a") as log:
+    log.write(name + "\\n")
+wait = home / "orders" / f"{name}.sleep"
+if wait.exists():
+    time.sleep(float(wait.read_text()))
+order = home / "orders" / f"{name}.exit"
+codes = order.read_text().split() if order.exists() else []
+if codes:
+    order.write_text(" ".join(codes[1:]))
+    if codes[0] != "0":
+        print(f"error: models/a: {name} was told to fail\\n  hint: take the order away", file=sys.stderr)
+        if int(codes[0]) < 0:
+            os.kill(os.getpid(), -int(codes[0]))
+        sys.exit(int(codes[0]))
+
+if kind == "fetch":
+    pin = json.load(open("sources.lock.json"))["pinned"][rest[0]]
+    write(pin["path"] + "/weights.txt", (pin["revision"] + "\\n") * 1000)
+elif kind == "validate":
+    write("validation/gate.json", {"version": 1, "verdict": "pass", "results": [], "of": digest("models")})
+elif kind == "merge":
+    # Another machine may round otherwise.
+    write("merged/weights.txt", digest("models", "validation") + os.environ.get("TOY_ROUNDING", ""))
+    write("merged/manifest.json", {"of": digest("models")})
+elif kind == "baselines":
+    write("baselines/average/weights.txt", digest("models"))
+elif kind == "evaluate":
+    score = {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}, "normalised": 0.9, "model_digest": digest("merged")}
+    systems = {"base": score, "expert": score, "merged": score, "average": score}
+    write(f"scores/{rest[0]}.json", {"version": 1, "task": rest[0], "metric": "accuracy", "systems": systems})
+    write(f"predictions/{rest[0]}.parquet", digest("merged", "baselines"))
+"""
+
+IGNORED = (
+    "/models/\n/datasets/\n/merged/\n/baselines/\n/predictions/\n/validation/\n/scores/\n/sources.lock.json\n/orders/\n"
+)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A project at `root` whose DVC remote is `remote`."""
+
+    root: Path
+    remote: Path
+
+    def git(self, *words: str) -> str:
+        return run(self.root, "git", *words)
+
+    def dvc(self, *words: str) -> str:
+        return run(self.root, sys.executable, "-m", "dvc", *words)
+
+    def commit(self, message: str = "change") -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", message)
+
+    def params(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = yaml.safe_load((self.root / "params.yaml").read_text())
+        return loaded
+
+    def change_params(self, **sections: Any) -> None:
+        (self.root / "params.yaml").write_text(yaml.safe_dump(self.params() | sections))
+
+    def pin(self, **revisions: str) -> None:
+        """Write sources.lock.json as if every source had been found at `<name>-1`, or at the revision named here."""
+        pinned: dict[str, object] = {}
+        for kind, names in (("model", ["base", "a", "b"]), ("dataset", ["a", "b"])):
+            for name in names:
+                key = f"{kind}-{name}"
+                revision = revisions.get(key.replace("-", "_"), f"{name}-1")
+                pinned[key] = {
+                    "kind": kind,
+                    "name": name,
+                    "uri": f"sources/{name}",
+                    "resolved": f"sources/{name}",
+                    "revision": revision,
+                    "licence": None,
+                    "path": f"{kind}s/{name}",
+                    "files": {},
+                }
+        document = {"version": 1, "pinned": pinned}
+        (self.root / "sources.lock.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+    def order(self, stage: str, what: str, content: str) -> None:
+        (self.root / "orders" / f"{stage}.{what}").write_text(content)
+
+    def ran(self) -> list[str]:
+        """The stages that really ran since the last call."""
+        log = self.root / "orders" / "ran.txt"
+        lines = log.read_text().split() if log.exists() else []
+        log.write_text("")
+        return lines
+
+
+def run(where: Path, *words: str) -> str:
+    done = subprocess.run(words, cwd=where, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A process environment in which the stage's `python` is this one."""
+    here = os.path.dirname(sys.executable)
+    return {**os.environ, "PATH": os.pathsep.join([here, os.environ["PATH"]]), "OMP_NUM_THREADS": "1", **more}
+
+
+def make_toy(root: Path, *, below: str = "") -> Toy:
+    """A committed project without a run; in the folder `below` of its repository when that is given."""
+    project = root / below
+    project.mkdir(parents=True)
+    run(root, "git", "init", "--quiet", "--initial-branch=main")
+    run(root, "git", "config", "user.email", "ada@example.org")
+    run(root, "git", "config", "user.name", "Ada")
+    dvc = (sys.executable, "-m", "dvc")
+    run(project, *dvc, "init", "--quiet", *(["--subdir"] if below else []))
+    remote = root.parent / f"{root.name}-remote"
+    run(project, *dvc, "remote", "add", "--quiet", "--default", "store", os.path.relpath(remote, project))
+    run(project, *dvc, "config", "cache.type", "reflink,hardlink,symlink,copy")
+    (project / "dvc.yaml").write_text(SHIPPED_GRAPH.read_text().replace("modelweld stage", "python toy_stage.py"))
+    (project / "toy_stage.py").write_text(STAGE)
+    (project / ".gitignore").write_text(IGNORED)
+    (project / "orders").mkdir()
+    (project / "expectations").mkdir()
+    (project / "expectations" / "README.md").write_text("None of its own.")
+    params = {
+        "name": "toy",
+        "models": {name: {"uri": f"sources/{name}"} for name in ("base", "a", "b")},
+        "datasets": {name: {"uri": f"sources/data-{name}"} for name in ("a", "b")},
+        "tasks": {name: {"model": name, "dataset": name} for name in ("a", "b")},
+        "validate": {"min_rows": 1},
+        "merge": {"method": "average"},
+        "baselines": {"average": {"method": "average"}},
+        "evaluate": {"bootstrap": 0},
+    }
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    toy = Toy(project, remote)
+    toy.pin()
+    toy.commit("first")
+    return toy

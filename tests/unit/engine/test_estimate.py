@@ -1,0 +1,99 @@
+"""What a plan says that a merge costs, beside what torch counts while it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import recipe, write_family
+from test_lora import llama, write_adapter
+from torch.utils.flop_counter import FlopCounterMode
+
+from modelweld.engine import build, open_inputs
+from modelweld.engine.estimate import MatrixWork, factor_work, flops, matrix_work
+from modelweld.engine.plan import TensorPlan
+from modelweld.methods import LowRank
+from modelweld.methods.registry import TensorContext, method
+
+pytest.importorskip("peft")
+
+WIDE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2}
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def planned(root: Path, name: str, tensor: str, **asked: Any) -> TensorPlan:
+    asked_for = recipe(root, name, experts=2, **asked)
+    with open_inputs(asked_for) as inputs:
+        found: TensorPlan = next(entry for entry in build(asked_for, inputs).tensors if entry.name == tensor)
+    return found
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    root = llama(tmp_path, **WIDE)
+    for number, rank in enumerate((4, 12)):
+        write_adapter(root / "base", root / f"e{number}", number + 1, r=rank)
+    return root
+
+
+def products(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("drm", {}), ("drm", {"direction": "vertical"}), ("knots", {}), ("tsv_m", {}), ("task_arithmetic", {})],
+)
+def test_the_factor_route_is_priced_by_its_ranks(adapters: Path, name: str, asked: dict[str, Any]) -> None:
+    tensor = planned(adapters, name, DOWN, **asked)
+    assert tensor.route == "factors"
+    assert tensor.ranks == (4, 12)
+    n, m = tensor.shape
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        LowRank(torch.randn(n, rank, generator=generator).double(), torch.randn(rank, m, generator=generator).double())
+        for rank in tensor.ranks
+    ]
+    assert tensor.parameters is not None
+    chosen, context = method(name), TensorContext(DOWN, ("a", "b"), ("a", "b"))
+
+    def merge() -> None:
+        chosen.merge_low_rank(factors, tensor.parameters, [1.0, 1.0], context=context).dense()
+
+    counted, work = products(merge), factor_work(tensor, 2)
+    # QR and SVD are counted by no mode of torch, and one formula serves all subspace methods.
+    assert counted / 1.5 <= work.gemm <= 2.5 * counted
+    assert flops(tensor, 2) == work.total
+
+
+def test_a_kept_adapter_is_never_multiplied_out(adapters: Path) -> None:
+    factor = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    kept = planned(adapters, "drm", factor, output={"adapter": "keep"})
+    folded = planned(adapters, "drm", DOWN)
+    whole = folded.elements * 2.0 * sum(folded.ranks)
+    assert flops(folded, 2) - flops(kept, 2) == pytest.approx(whole + folded.elements)
+
+
+def test_factors_cost_a_fraction_of_the_dense_route(adapters: Path) -> None:
+    tensor = planned(adapters, "drm", DOWN)
+    assert factor_work(tensor, 2).total < matrix_work(tensor, 2).total / 10
+    densified = planned(adapters, "ties", DOWN)
+    assert densified.route == "densified"
+    assert flops(densified, 2) == densified.elements * (2.0 * 16 + 2 * 2 + 2)
+
+
+def test_the_dense_route_is_priced_as_torch_counts_it(tmp_path: Path) -> None:
+    root = write_family(tmp_path, {"layers.0.weight": (256, 512)}, experts=2)
+    tensor = planned(root, "drm", "layers.0.weight")
+    assert tensor.parameters is not None
+    stack = torch.randn(2, 256, 512, generator=torch.Generator().manual_seed(0))
+    chosen, context = method("drm"), TensorContext("w", ("a", "b"), ("a", "b"))
+    counted = products(lambda: chosen.merge(stack, tensor.parameters, [1.0, 1.0], context=context))
+    work = matrix_work(tensor, 2)
+    # The Gram matrix is symmetric, and only its lower blocks are made.
+    assert counted <= work.gemm <= 2 * counted
+    assert work + MatrixWork(1.0, 2.0, 3.0) == MatrixWork(work.gemm + 1, work.eigh + 2, work.entries + 3)
