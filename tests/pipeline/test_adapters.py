@@ -26,8 +26,8 @@ from modelweld.stages.merge import merge_baselines, merge_pipeline
 from modelweld.stages.validate import validate
 from modelweld.workspace import Project
 from tests.conftest import Family, build_family, pipeline_params
-from tests.pipeline.test_run_command import answer, git, modelweld
 from tests.support.adapters import write_classifier_adapter
+from tests.support.command import answer, git, modelweld
 
 pytest.importorskip("peft")
 

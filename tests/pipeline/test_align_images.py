@@ -19,7 +19,7 @@ from modelweld.checkpoints.loading import load
 from modelweld.errors import ConfigError, InputError, MergeError
 from modelweld.lineage import manifest
 from modelweld.stages.merge import MergeReport, merge
-from tests.pipeline.test_image_tasks import png, train
+from tests.support.pictures import png, train
 
 TASKS = {"low": ("0", "1", "2"), "high": ("7", "8", "9")}
 STATISTIC = "embedder.embedder.normalization.running_mean"

@@ -19,7 +19,7 @@ from modelweld.stages.validate import validate
 from modelweld.symmetry import derive_spec
 from modelweld.workspace import Project
 from tests.conftest import Family, build_family, pipeline_params
-from tests.pipeline.test_run_command import answer, clean_environment, git, modelweld
+from tests.support.command import answer, clean_environment, git, modelweld
 
 pytestmark = pytest.mark.slow
 ALIGN = {"rows": 32, "max_length": 16}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 
 from modelweld.cli.app import main
@@ -20,27 +17,10 @@ from modelweld.errors import CheckpointError, GateRefused, InputError
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline
 from modelweld.stages.validate import validate
+from tests.support.pictures import png, train
 
 TASKS = {"low": ("0", "1", "2"), "high": ("7", "8", "9")}
 SPREAD = 0.35
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def train(model: Any, inputs: torch.Tensor, labels: torch.Tensor, epochs: int = 60) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(inputs)).split(64):
-            loss = torch.nn.functional.cross_entropy(model(pixel_values=inputs[rows]).logits, labels[rows])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    model.eval()
 
 
 @pytest.fixture(scope="module")

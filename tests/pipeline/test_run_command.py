@@ -14,17 +14,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from modelweld.workspace import Project
 from tests.conftest import build_family, pipeline_params
-from tests.support.toy import Toy, environment, make_toy
+from tests.support.command import MODELWELD, answer, clean_environment, git, modelweld
+from tests.support.toy import Toy, make_toy
 
 pytestmark = pytest.mark.slow
-MODELWELD = str(Path(sys.executable).with_name("modelweld"))
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +39,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(root, "add", "--all")
     git(root, "commit", "--quiet", "--message", "first")
     return root
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    names = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MODELWELD_PROJECT_ROOT")
-    return {key: value for key, value in environment(**more).items() if key not in names or key in more}
-
-
-def modelweld(where: Path, *words: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [MODELWELD, *words], cwd=where, env=clean_environment(**more), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def git(where: Path, *words: str) -> str:
-    return subprocess.run(["git", *words], cwd=where, check=True, capture_output=True, text=True).stdout
-
-
-def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
 
 
 def test_registry_away_keeps_the_merge_and_register_finishes_it(home: Path) -> None:

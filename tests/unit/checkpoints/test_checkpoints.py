@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from modelweld.checkpoints.alignment import align, tied_weights
 from modelweld.checkpoints.pickles import rewrite_pickles
 from modelweld.checkpoints.shards import ShardFile, lay_out, write_tensors
 from modelweld.errors import CheckpointError
+from tests.support.families import TINY, family, save
 
 MIXED = {
     "a.weight": torch.randn(5, 7),
@@ -26,14 +26,6 @@ MIXED = {
     "e.scalar": torch.tensor(2.5, dtype=torch.float64),
     "f.empty": torch.empty(0, 3),
 }
-
-
-def save(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    if config is not None:
-        (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 def test_what_safetensors_wrote_is_read_bit_for_bit(tmp_path: Path) -> None:
@@ -127,43 +119,6 @@ def test_two_answers_to_which_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="holds both"):
         Checkpoint.open(tmp_path)
-
-
-TINY = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-
-
-def family(kind: str) -> tuple[Any, Any, str, str | None]:
-    """A base, an expert with a task head, the head's prefix, and a tensor the base has alone."""
-    import transformers as t
-
-    torch.manual_seed(0)
-    if kind == "bert":
-        config = t.BertConfig(**TINY)
-        return t.BertModel(config), t.BertForSequenceClassification(config), "bert.", None
-    if kind == "bert-mlm":
-        config = t.BertConfig(**TINY)
-        return t.BertForMaskedLM(config), t.BertForSequenceClassification(config), "bert.", None
-    if kind == "roberta":
-        config = t.RobertaConfig(**TINY)
-        return t.RobertaModel(config), t.RobertaForSequenceClassification(config), "roberta.", "pooler.dense.weight"
-    if kind == "distilbert":
-        config = t.DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
-        return t.DistilBertModel(config), t.DistilBertForSequenceClassification(config), "distilbert.", None
-    if kind == "deberta-v2":
-        config = t.DebertaV2Config(**TINY)
-        return t.DebertaV2Model(config), t.DebertaV2ForSequenceClassification(config), "deberta.", None
-    if kind == "vit":
-        sizes = {k: v for k, v in TINY.items() if k != "vocab_size"}
-        config = t.ViTConfig(**sizes, image_size=8, patch_size=4)
-        return t.ViTModel(config), t.ViTForImageClassification(config), "vit.", "pooler.dense.weight"
-    if kind == "t5":
-        config = t.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        return t.T5Model(config), t.T5ForSequenceClassification(config), "transformer.", None
-    if kind == "llama":
-        config = t.LlamaConfig(**TINY, num_key_value_heads=1)
-        return t.LlamaModel(config), t.LlamaForSequenceClassification(config), "model.", None
-    config = t.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-    return t.GPT2Model(config), t.GPT2ForSequenceClassification(config), "transformer.", None
 
 
 @pytest.mark.parametrize(

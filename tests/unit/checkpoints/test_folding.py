@@ -11,9 +11,6 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
-from test_checkpoints import family
-from test_engine import recipe, weights_of
-from test_lora import LORA, QUERY, edited, filled, llama, write_adapter
 
 import modelweld
 from modelweld.checkpoints import content_digest
@@ -22,28 +19,10 @@ from modelweld.checkpoints.loading import config_of, export, load
 from modelweld.errors import CheckpointError, ConfigError
 from modelweld.evaluation.predictors import System, model_digest, open_system
 from modelweld.stages.merge import merge
+from tests.support.families import family, recipe, weights_of
+from tests.support.lora import IDS, QUERY, bert, edited, filled, llama, write_adapter, write_classifier
 
 peft = pytest.importorskip("peft")
-
-IDS = torch.arange(12).reshape(2, 6)
-
-
-def write_classifier(root: Path, name: str, seed: int, labels: int = 3, **lora: Any) -> torch.Tensor:
-    """Save a classifier's adapter of a BERT base in `root`/base; returns PEFT's own logits."""
-    model = t.BertForSequenceClassification.from_pretrained(root / "base", num_labels=labels)
-    settings = LORA | {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"} | lora
-    adapter = filled(peft.get_peft_model(model, peft.LoraConfig(**settings)), seed).eval()
-    adapter.save_pretrained(root / name)
-    with torch.no_grad():
-        logits: torch.Tensor = adapter(input_ids=IDS).logits
-    return logits
-
-
-def bert(root: Path, **config: Any) -> Path:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    t.BertModel(t.BertConfig(**shape, intermediate_size=24, **config)).save_pretrained(root / "base")
-    return root
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
-from test_engine import recipe, tree_bytes, weights_of
 
 import modelweld
 from modelweld.checkpoints.loading import load
@@ -20,41 +18,10 @@ from modelweld.errors import CheckpointError, ConfigError
 from modelweld.lineage import manifest
 from modelweld.methods import LowRank, drm
 from modelweld.stages.merge import merge
+from tests.support.families import recipe, tree_bytes, weights_of
+from tests.support.lora import LORA, QUERY, edited, filled, llama, write_adapter
 
 peft = pytest.importorskip("peft")
-
-LLAMA = {
-    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 24, "tie_word_embeddings": False,
-}  # fmt: skip
-LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
-QUERY = "model.layers.0.self_attn.q_proj.weight"
-
-
-def filled(model: Any, seed: int) -> Any:
-    """The adapter with random B factors (PEFT starts them at zero) and changed saved modules."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "original_module" not in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def write_adapter(base: Path, out: Path, seed: int, cls: Any = t.LlamaForCausalLM, **lora: Any) -> dict[str, Any]:
-    """Save an adapter of the base in `out`; returns the state of the model that PEFT folds it into."""
-    model = cls.from_pretrained(base)
-    adapter = filled(peft.get_peft_model(model, peft.LoraConfig(**(LORA | lora))), seed)
-    adapter.save_pretrained(out)
-    folded: dict[str, Any] = adapter.merge_and_unload().state_dict()
-    return folded
-
-
-def llama(root: Path, **config: Any) -> Path:
-    torch.manual_seed(0)
-    model = t.LlamaForCausalLM(t.LlamaConfig(**(LLAMA | config)))
-    model.to(getattr(torch, config.get("dtype", "float32"))).save_pretrained(root / "base")
-    return root
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -176,14 +143,6 @@ def test_adapters_and_whole_models_mix(tmp_path: Path, method: str) -> None:
     assert manifest.read(root / "mixed")["tensors"][QUERY]["route"] == "densified"
     with pytest.raises(ConfigError, match="the result is no adapter: e1 is a whole model"):
         merge(recipe(root, method, experts=2, output={"adapter": "keep"}), root / "kept")
-
-
-def edited(**changes: Any) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        file = directory / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return edit
 
 
 def renamed(old: str, new: str) -> Callable[[Path], None]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_engine import deltas, weights_of, write_family
 
 from modelweld.config import load_recipe
 from modelweld.config.mergekit import convert
 from modelweld.errors import ConfigError
 from modelweld.stages.merge import merge
+from tests.support.families import deltas, weights_of, write_family
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 

@@ -11,12 +11,10 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_checkpoints import family, save
+from safetensors.torch import save_file
 
 import modelweld
 from modelweld.checkpoints import loading
@@ -31,73 +29,17 @@ from modelweld.methods import drm, ties
 from modelweld.methods.registry import TensorContext, methods
 from modelweld.stages.merge import merge
 from modelweld.stages.plan import plan
-
-LLAMA_SHAPES = {
-    "model.embed_tokens.weight": (48, 16),
-    "model.layers.0.self_attn.q_proj.weight": (16, 16),
-    "model.layers.0.mlp.down_proj.weight": (16, 40),
-    "model.layers.0.input_layernorm.weight": (16,),
-    "model.layers.1.self_attn.q_proj.weight": (16, 16),
-    "model.layers.1.mlp.down_proj.weight": (16, 40),
-    "model.norm.weight": (16,),
-    "lm_head.weight": (48, 16),
-}
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 48, "hidden_size": 16}
-
-
-def write_family(
-    root: Path, shapes: dict[str, tuple[int, ...]] = LLAMA_SHAPES, *, experts: int = 3, **how: Any
-) -> Path:
-    """A base and experts with seeded weights in `root`; returns `root`."""
-    dtype: torch.dtype = how.get("dtype", torch.float32)
-    generator = torch.Generator().manual_seed(how.get("seed", 7))
-    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    save(root / "base", base, CONFIG | how.get("config", {}))
-    (root / "base" / "tokenizer.json").write_text("{}")
-    for number in range(experts):
-        noise = {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        expert = {name: (base[name].float() + noise[name]).to(dtype) for name in shapes}
-        save(root / f"e{number}", expert, CONFIG | how.get("config", {}))
-    return root
-
-
-class Stop(Exception):
-    """What a Stopper raises."""
-
-
-class Stopper:
-    """A watcher that interrupts the merge once a tensor is finished."""
-
-    def __init__(self, tensor: str) -> None:
-        self._tensor = tensor
-
-    def begin(self, size_bytes: int, tensors: int) -> None: ...
-    def advance(self, size_bytes: int) -> None: ...
-    def finished(self, tensor: str) -> None:
-        if tensor == self._tensor:
-            raise Stop
-
-
-def recipe(root: Path, method: str, *, experts: int = 3, weights: list[float] | None = None, **rest: Any) -> Recipe:
-    models = {f"e{i}": {"path": str(root / f"e{i}"), "weight": weights[i] if weights else 1.0} for i in range(experts)}
-    base = rest.pop("base", str(root / "base"))
-    return RECIPE_ADAPTER.validate_python({"method": method, "base": base, "models": models} | rest)
-
-
-def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in directory.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
-def deltas(root: Path, name: str, experts: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    base = weights_of(root / "base")[name].double()
-    return base, torch.stack([weights_of(root / f"e{i}")[name].double() - base for i in range(experts)])
-
-
-def tree_bytes(directory: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+from tests.support.families import (
+    CONFIG,
+    LLAMA_SHAPES,
+    deltas,
+    family,
+    recipe,
+    tree_bytes,
+    weights_of,
+    write_family,
+)
+from tests.support.progress import Stop, Stopper
 
 
 def test_linear_methods_equal_their_formulae(tmp_path: Path) -> None:

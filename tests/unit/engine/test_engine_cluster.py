@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_engine import recipe, tree_bytes, weights_of, write_family
-from test_engine_processes import SHAPES, Counted
 
 from modelweld.config import Recipe
 from modelweld.engine.journal import Finished
 from modelweld.engine.outputs import Output
 from modelweld.errors import CheckpointError, ConfigError, ExternalError
 from modelweld.stages.merge import merge
+from tests.support.families import SHAPES, recipe, tree_bytes, weights_of, write_family
+from tests.support.progress import Counted
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import recipe, weights_of, write_family
 
 from modelweld.config.methods import TaskArithmetic
 from modelweld.engine import build, chunks, compute, open_inputs
@@ -24,6 +23,7 @@ from modelweld.lineage import manifest
 from modelweld.methods.registry import Method, TensorContext, method
 from modelweld.stages.grid import merge_grid
 from modelweld.stages.merge import merge
+from tests.support.families import recipe, weights_of, write_family
 
 CPU = torch.device("cpu")
 SHAPES = {

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import LLAMA_SHAPES, Stop, Stopper, deltas, recipe, write_family
 
 from modelweld.engine.figures import figures, joined
 from modelweld.lineage import manifest
 from modelweld.methods import drm
 from modelweld.reporting.layers import layer_series
 from modelweld.stages.merge import merge
+from tests.support.families import LLAMA_SHAPES, deltas, recipe, write_family
+from tests.support.progress import Stop, Stopper
 
 MATRIX = "model.layers.0.mlp.down_proj.weight"
 KEYS = {"rank", "direction", "kept_share", "sign_conflicts"}

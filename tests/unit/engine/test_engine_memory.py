@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import recipe, write_family
 
 from modelweld.config.methods import Drm
 from modelweld.engine import build, memory, open_inputs
 from modelweld.methods import drm
 from modelweld.stages.merge import merge
+from tests.support.families import recipe, write_family
 
 SHAPES = {f"model.layers.{layer}.self_attn.q_proj.weight": (64, 64) for layer in range(4)}
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_engine import LLAMA_SHAPES, recipe, tree_bytes, weights_of, write_family
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.config import load_recipe
@@ -27,25 +26,8 @@ from modelweld.lineage import manifest
 from modelweld.stages.grid import merge_grid
 from modelweld.stages.merge import merge
 from modelweld.stages.plan import plan
-
-SHAPES = LLAMA_SHAPES | {"model.layers.2.mlp.down_proj.weight": (500, 600), "model.layers.3.self_attn.v.bias": (600,)}
-
-
-class Counted:
-    """A watcher that adds up what it is told."""
-
-    def __init__(self) -> None:
-        self.total = self.read = 0
-        self.tensors: list[str] = []
-
-    def begin(self, size_bytes: int, tensors: int) -> None:
-        self.total = size_bytes
-
-    def advance(self, size_bytes: int) -> None:
-        self.read += size_bytes
-
-    def finished(self, tensor: str) -> None:
-        self.tensors.append(tensor)
+from tests.support.families import LLAMA_SHAPES, SHAPES, recipe, tree_bytes, weights_of, write_family
+from tests.support.progress import Counted
 
 
 @pytest.mark.parametrize("method", ["drm", "dare"])

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import recipe, write_family
-from test_lora import llama, write_adapter
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelweld.engine import build, open_inputs
@@ -16,6 +14,8 @@ from modelweld.engine.estimate import MatrixWork, factor_work, flops, matrix_wor
 from modelweld.engine.plan import TensorPlan
 from modelweld.methods import LowRank
 from modelweld.methods.registry import TensorContext, method
+from tests.support.families import recipe, write_family
+from tests.support.lora import llama, write_adapter
 
 pytest.importorskip("peft")
 

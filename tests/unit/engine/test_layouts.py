@@ -10,14 +10,13 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import save_file
-from test_checkpoints import save
-from test_engine import deltas, recipe, weights_of
 
 import modelweld
 from modelweld.errors import CheckpointError
 from modelweld.lineage import manifest
 from modelweld.methods import drm
 from modelweld.stages.merge import merge
+from tests.support.families import deltas, recipe, save, weights_of
 
 TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 GROUPED = TEXT | {"num_key_value_heads": 2}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_engine import LLAMA_SHAPES, recipe, tree_bytes, write_family
 
 from modelweld.checkpoints import Checkpoint, file_sha256, tensor_digest
 from modelweld.checkpoints.digests import holds
@@ -15,6 +14,7 @@ from modelweld.errors import CheckpointError
 from modelweld.lineage import manifest
 from modelweld.stages.merge import merge, merge_baselines, merge_pipeline
 from tests.conftest import Family
+from tests.support.families import LLAMA_SHAPES, recipe, tree_bytes, write_family
 
 
 def test_equal_merges_elsewhere_have_equal_manifests(tmp_path: Path) -> None:

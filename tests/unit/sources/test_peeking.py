@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from test_engine import recipe
-from test_lora import llama, write_adapter
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.engine import build, open_inputs
 from modelweld.sources.local import LocalPath
 from modelweld.sources.peeking import peek
+from tests.support.families import recipe
+from tests.support.lora import llama, write_adapter
 
 pytest.importorskip("peft")
 

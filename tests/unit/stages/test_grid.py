@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import LLAMA_SHAPES, Stop, Stopper, recipe, tree_bytes, write_family
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.errors import ConfigError
 from modelweld.methods import drm
 from modelweld.stages.grid import candidates, merge_grid
 from modelweld.stages.merge import merge
+from tests.support.families import LLAMA_SHAPES, recipe, tree_bytes, write_family
+from tests.support.progress import Stop, Stopper
 
 GRIDS: list[tuple[str, dict[str, list[Any]]]] = [
     ("drm", {"drop_rate": [0.0, 0.5, 0.9], "scale": [1.0, 0.5]}),

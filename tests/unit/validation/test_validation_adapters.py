@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_folding import bert, write_classifier
-from test_lora import QUERY, llama, write_adapter
-from test_validation_inventory import model as write_model
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.adapter import Adapter
@@ -20,6 +17,8 @@ from modelweld.checkpoints.rounding import folded_rank
 from modelweld.validation.adapters import other_base
 from modelweld.validation.checkpoints import twins
 from modelweld.validation.inventory import take_inventory
+from tests.support.inventories import write_model
+from tests.support.lora import QUERY, bert, llama, write_adapter, write_classifier
 
 pytest.importorskip("peft")
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.validation import inventory, measures
 from modelweld.validation.checkpoints import twins
 from modelweld.validation.inventory import Inventory, take_inventory
-
-Tensors = dict[str, torch.Tensor]
-
-
-def model(folder: Path, tensors: Tensors, architecture: str = "BertModel") -> Path:
-    folder.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
-    return folder
+from tests.support.inventories import Tensors, write_model
 
 
 def survey(base: Path, **experts: Path) -> tuple[Inventory, dict[str, Inventory]]:
@@ -46,7 +36,7 @@ def tensors() -> Tensors:
 def test_figures_are_numpys(tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "CHUNK", 150)
     moved = {name: tensor + 0.1 * random(*tensor.shape, seed=9) for name, tensor in tensors.items()}
-    base, found = survey(model(tmp_path / "base", tensors), x=model(tmp_path / "x", moved))
+    base, found = survey(write_model(tmp_path / "base", tensors), x=write_model(tmp_path / "x", moved))
     rows = found["x"].frame.set_index("name")
     for name, tensor in tensors.items():
         before, after = tensor.double().numpy(), moved[name].double().numpy()
@@ -68,7 +58,7 @@ def test_rank_of_a_low_rank_delta(tmp_path: Path, tensors: Tensors) -> None:
     name = "encoder.layer.0.a.weight"
     moved = dict(tensors)
     moved[name] = tensors[name] + 0.1 * random(40, 3, seed=5) @ random(3, 70, seed=6)
-    _, found = survey(model(tmp_path / "base", tensors), x=model(tmp_path / "x", moved))
+    _, found = survey(write_model(tmp_path / "base", tensors), x=write_model(tmp_path / "x", moved))
     rows = found["x"].frame.set_index("name")
     assert rows.loc[name, "delta_rank"] == 3
     assert np.isnan(rows.loc["encoder.layer.0.a.bias", "delta_rank"])
@@ -78,7 +68,7 @@ def test_rank_of_a_low_rank_delta(tmp_path: Path, tensors: Tensors) -> None:
 
 def test_threads_do_not_change_a_digit(tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = {name: tensor * 1.01 for name, tensor in tensors.items()}
-    paths = model(tmp_path / "base", tensors), model(tmp_path / "x", moved)
+    paths = write_model(tmp_path / "base", tensors), write_model(tmp_path / "x", moved)
     frames = []
     for workers in (1, 4):
         monkeypatch.setattr(inventory, "WORKERS", workers)
@@ -91,7 +81,7 @@ def test_one_nan_is_seen_and_keeps_its_figures_out(tmp_path: Path, tensors: Tens
     moved = {name: tensor * 1.01 for name, tensor in tensors.items()}
     moved["encoder.layer.0.a.weight"][3, 4] = float("nan")
     moved["encoder.layer.0.cube"][0, 0, 0] = float("-inf")
-    _, found = survey(model(tmp_path / "base", tensors), x=model(tmp_path / "x", moved))
+    _, found = survey(write_model(tmp_path / "base", tensors), x=write_model(tmp_path / "x", moved))
     rows = found["x"].frame.set_index("name")
     assert rows.loc["encoder.layer.0.a.weight", "finite_share"] == 1 - 1 / 2800
     assert rows.loc["encoder.layer.0.cube", "finite_share"] == 1 - 1 / 105
@@ -103,8 +93,8 @@ def test_names_are_laid_beside_the_bases(tmp_path: Path, tensors: Tensors) -> No
     del moved["bert.encoder.layer.0.cube"]
     moved["bert.encoder.layer.1.new"] = random(2, 2)
     moved["classifier.weight"] = random(3, 40)
-    expert = model(tmp_path / "x", moved, "BertForSequenceClassification")
-    _, found = survey(model(tmp_path / "base", tensors), x=expert)
+    expert = write_model(tmp_path / "x", moved, "BertForSequenceClassification")
+    _, found = survey(write_model(tmp_path / "base", tensors), x=expert)
     rows = found["x"].frame.set_index("name")
     assert rows.loc["encoder.layer.0.cube", "role"] == "missing"
     assert rows.loc["bert.encoder.layer.1.new", "role"] == "extra"
@@ -117,7 +107,7 @@ def test_names_are_laid_beside_the_bases(tmp_path: Path, tensors: Tensors) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_base_in_another_precision_is_still_the_base(tmp_path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
     same = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    _, found = survey(model(tmp_path / "base", tensors), x=model(tmp_path / "x", same))
+    _, found = survey(write_model(tmp_path / "base", tensors), x=write_model(tmp_path / "x", same))
     assert found["x"].changed_share == 0
 
 
@@ -126,10 +116,10 @@ def test_twins_are_told_by_values_not_by_files(tmp_path: Path, tensors: Tensors)
     prefixed = {f"bert.{name}": tensor for name, tensor in moved.items()} | {"classifier.weight": random(2, 40)}
     other = {name: tensor * 1.02 for name, tensor in tensors.items()}
     _, found = survey(
-        model(tmp_path / "base", tensors),
-        one=model(tmp_path / "one", moved),
-        two=model(tmp_path / "two", prefixed, "BertForSequenceClassification"),
-        three=model(tmp_path / "three", other),
+        write_model(tmp_path / "base", tensors),
+        one=write_model(tmp_path / "one", moved),
+        two=write_model(tmp_path / "two", prefixed, "BertForSequenceClassification"),
+        three=write_model(tmp_path / "three", other),
     )
     assert twins(found) == {"one": "two", "two": "one"}
 
@@ -144,7 +134,7 @@ def test_integers_and_odd_shapes_are_measured_without_complaint(tmp_path: Path) 
         "weight": random(4, 4),
     }
     quantised = dict(tensors) | {"weight": torch.ones(4, 4, dtype=torch.int8)}
-    base, found = survey(model(tmp_path / "base", tensors), x=model(tmp_path / "x", quantised))
+    base, found = survey(write_model(tmp_path / "base", tensors), x=write_model(tmp_path / "x", quantised))
     classes = dict(zip(base.frame["name"], base.frame["dtype_class"], strict=True))
     assert classes["mask"] == "bool"
     assert classes["small"] == "float8"
