@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelweld.symmetry import Spec, derive_spec, prove
-from modelweld.symmetry.align import align, zip_models
+from modelweld.symmetry import Spec, align, derive_spec, prove, zip_models
 from modelweld.symmetry.observing import observe
 from modelweld.symmetry.placements import Folded, Permuted
 from modelweld.symmetry.repair import repair

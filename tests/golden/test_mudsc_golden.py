@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modelweld.symmetry.align import align, zip_models
+from modelweld.symmetry import align, zip_models
 from modelweld.symmetry.matching import match, match_nested
 from modelweld.symmetry.placements import Folded, Permuted
 from modelweld.symmetry.similarity import Activations, correlate

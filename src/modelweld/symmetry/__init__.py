@@ -9,7 +9,7 @@ holds and applies them, `proof` shows that they preserve the function. `align` m
     moved = spec.apply(other.state_dict(), found.permutations[1])
 """
 
-from modelweld.symmetry.align import Alignment, Zipped, align, zip_models
+from modelweld.symmetry.aligning import Alignment, Zipped, align, zip_models
 from modelweld.symmetry.derive import derive_spec
 from modelweld.symmetry.proof import prove
 from modelweld.symmetry.spec import Factor, Group, Permutations, Spec

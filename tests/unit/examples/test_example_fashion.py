@@ -101,7 +101,7 @@ class TestMerging:
         )
 
     def test_a_permuted_copy_merges_back_into_itself(self, scripts: dict[str, ModuleType]) -> None:
-        from modelweld.symmetry.align import align
+        from modelweld.symmetry import align
         from modelweld.symmetry.placements import Permuted
 
         digits, weld = scripts["digits"], scripts["weld"]
