@@ -1,10 +1,14 @@
 # modelweld: the tasks of this repository. Every target does its own set-up in .venv and may be run twice.
 #   make demo    a real merge of five finetuned MiniLMs, end to end, into a local registry
-#   make test    the tests        make lint    style, types, layers        make bench    the benchmarks
+#   make test    all tests        make test-fast    those without servers and without long merges
+#   make lint    style, types, layers        make bench    the benchmarks
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# One test process per core, at most four: each holds torch, and some hold a server.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 4 ? n : 4 )))
+PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -13,11 +17,11 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test test-fast lint bench clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#//p' Makefile | head -3
+	@sed -n 's/^#//p' Makefile | head -4
 
 $(READY): pyproject.toml constraints.txt
 	@echo "==> installing modelweld and its tools into $(VENV) (a few minutes the first time)"
@@ -34,8 +38,12 @@ demo: $(READY)
 	@$(BIN)/modelweld run
 
 test: $(READY)
-	@echo "==> tests"
-	@$(BIN)/python -m pytest
+	@echo "==> all tests, $(WORKERS) at a time"
+	@$(PYTEST)
+
+test-fast: $(READY)
+	@echo "==> tests without servers and without long merges, $(WORKERS) at a time"
+	@$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	@echo "==> ruff, mypy, import-linter"

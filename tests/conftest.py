@@ -25,10 +25,12 @@ QUIET = {
 }
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Started in the background by a shell, this process ignores SIGINT, and so would every child that is interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    # Several test processes share the cores: more threads than cores make every one of them slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if config.getoption("numprocesses", None) else "2")
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ FULL_COUNTS = {"well_posed": 654, "tie_sensitive": 28, "nan": 21, "noise_defined
 TOLERANCE = {"well_posed": 1e-9, "tie_sensitive": 2e-2}
 
 
-@pytest.fixture(scope="module", params=["subset", "full"])
+@pytest.fixture(scope="module", params=["subset", pytest.param("full", marks=pytest.mark.slow)])
 def oracle(request: pytest.FixtureRequest) -> Path:
     if request.param == "subset":
         return SUBSET

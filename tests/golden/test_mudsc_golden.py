@@ -31,7 +31,7 @@ WEIGHTS, TRACE = 2e-5, 1e-5
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@pytest.fixture(scope="module", params=["subset", "full"])
+@pytest.fixture(scope="module", params=["subset", pytest.param("full", marks=pytest.mark.slow)])
 def oracle(request: pytest.FixtureRequest) -> Path:
     if request.param == "subset":
         return SUBSET
