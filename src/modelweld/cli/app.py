@@ -15,6 +15,28 @@ from modelweld.errors import ModelweldError
 
 INTERRUPTED = 130
 
+# The module below modelweld.cli that adds each command: one command's start imports no other's module.
+COMMANDS = {
+    "init": "project",
+    "doctor": "project",
+    "schema": "project",
+    "pin": "sources",
+    "merge": "merge",
+    "plan": "merge",
+    "import-mergekit": "merge",
+    "stage": "stage",
+    "evaluate": "evaluate",
+    "report": "evaluate",
+    "export": "evaluate",
+    "run": "run",
+    "rederive": "run",
+    "register": "registry",
+    "promote": "registry",
+    "rollback": "registry",
+    "audit": "registry",
+    "symmetry": "symmetry",
+}
+
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)
 
@@ -70,9 +92,8 @@ def emit(document: Any, text: Any = None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; 0 done, 1 a check said no, 2 bad input, 3 something outside failed, 130 interrupted."""
-    for group in ("project", "sources", "merge", "stage", "evaluate", "run", "registry", "symmetry"):
-        importlib.import_module(f"modelweld.cli.{group}")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _import_commands(words)
     # `modelweld merge … --json` reads more naturally than `modelweld --json merge …`: both are taken.
     leading = [flag for flag in ("--json", "--debug") if flag in words]
     words = leading + [word for word in words if word not in leading]
@@ -87,6 +108,15 @@ def main(arguments: list[str] | None = None) -> None:
         if leaving.code == INTERRUPTED:
             stderr.print("what was finished is kept; the same command goes on from there", style="yellow")
         raise
+
+
+def _import_commands(words: list[str]) -> None:
+    """Import the module of the command that `words` name; without one (--help, a typing error) import all of them."""
+    # No option of the root command takes a value, so the first other word is the command.
+    named = next((word for word in words if not word.startswith("-")), "")
+    modules = [COMMANDS[named]] if named in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for module in modules:
+        importlib.import_module(f"modelweld.cli.{module}")
 
 
 def _show(error: ModelweldError) -> None:

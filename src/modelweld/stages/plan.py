@@ -11,21 +11,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from modelweld.alignment.price import Price, price
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.config.loading import rooted
-from modelweld.engine import Plan, build, open_inputs, place, refuse_foreign
+from modelweld.engine import Inputs, Plan, build, open_inputs, place, refuse_foreign
 from modelweld.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.engine.lane import free_on
 from modelweld.engine.memory import peak_resident, working_bytes
 from modelweld.engine.plan import dtype_name
 from modelweld.errors import ConfigError, DiskFull, MergeError
 from modelweld.stages.sighting import sighted
+
+if TYPE_CHECKING:
+    from modelweld.alignment.price import Price
 
 _GB = 1e9
 
@@ -223,6 +225,15 @@ def _written(recipe: Recipe) -> int:
         return build(recipe, inputs).write_bytes
 
 
+def _alignment_cost(recipe: Recipe, built: Plan, inputs: Inputs) -> Price | None:
+    if recipe.alignment is None:
+        return None
+    # Here, because it brings along transformers and the solvers, which most plans do not need.
+    from modelweld.alignment.price import price
+
+    return price(recipe, built, inputs, Path())
+
+
 def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory_limit: int | None) -> Foresight:
     refuse_foreign(out)
     placement = place(device)
@@ -235,7 +246,7 @@ def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory
             rates = calibrate(built, inputs, out)
             experts = len(inputs.experts)
             torch.set_num_threads(before)
-            alignment = price(recipe, built, inputs, Path())
+            alignment = _alignment_cost(recipe, built, inputs)
     finally:
         torch.set_num_threads(before)
     working = max((working_bytes(tensor, experts, placement.kind) for tensor in built.tensors), default=0)

@@ -66,13 +66,30 @@ def _packages() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
+    if not _may_have_gpu():
+        yield Finding("device", "ok", f"no GPU; {_cores()} CPU cores")
+        return
+    # Here, because it takes seconds: only torch knows which devices it can use.
     import torch
 
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         yield Finding("device", "ok", f"{count} x {torch.cuda.get_device_name(0)}")
+    elif torch.backends.mps.is_available():
+        yield Finding("device", "ok", "Apple GPU (mps)")
     else:
-        yield Finding("device", "ok", f"no GPU; {torch.get_num_threads()} CPU threads")
+        yield Finding("device", "ok", f"no GPU that torch can use; {_cores()} CPU cores")
+
+
+def _may_have_gpu() -> bool:
+    """Whether this machine can have a device that torch uses: an NVIDIA or AMD driver, or macOS or Windows."""
+    drivers = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    return not sys.platform.startswith("linux") or any(Path(driver).exists() for driver in drivers)
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _git(root: Path) -> Iterator[Finding]:
@@ -96,9 +113,16 @@ def _dvc(root: Path) -> Iterator[Finding]:
     if not (root / ".dvc").is_dir():
         yield Finding("dvc", "problem", "not initialised here", "modelweld init")
         return
-    remotes = _ask(root, sys.executable, "-m", "dvc", "remote", "list")
+    from dvc.config import Config
+    from dvc.config import ConfigError as DvcConfigError
+
+    try:
+        remotes = Config(str(root / ".dvc"), validate=False).get("remote", {})
+    except DvcConfigError as error:
+        yield Finding("dvc", "problem", str(error), "correct .dvc/config")
+        return
     if remotes:
-        yield Finding("dvc", "ok", f"remote {' '.join(remotes.split())}")
+        yield Finding("dvc", "ok", "; ".join(f"remote {name} {remote.get('url')}" for name, remote in remotes.items()))
     else:
         yield Finding("dvc", "problem", "no remote: no other machine can rebuild", "dvc remote add --default store URL")
 
