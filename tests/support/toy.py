@@ -6,10 +6,14 @@ depends on: `orders/<stage>.exit` holds the exit codes of its next attempts, `or
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +151,25 @@ def environment(**more: str) -> dict[str, str]:
 
 def make_toy(root: Path, *, below: str = "") -> Toy:
     """A committed project without a run; in the folder `below` of its repository when that is given."""
+    shutil.copytree(_prepared(below), root, symlinks=True)
+    project = root / below
+    remote = root.parent / f"{root.name}-remote"
+    settings = project / ".dvc" / "config"
+    settings.write_text(settings.read_text().replace(f"../{REMOTE}", os.path.relpath(remote, project / ".dvc")))
+    toy = Toy(project, remote)
+    toy.pin()
+    toy.commit("first")
+    return toy
+
+
+REMOTE = "the-remote-of-the-copy"
+
+
+@functools.cache
+def _prepared(below: str) -> Path:
+    """What every toy is copied from: git and DVC are asked once, since a process of DVC takes over a second."""
+    root = Path(tempfile.mkdtemp(prefix="toy-")) / "project"
+    atexit.register(shutil.rmtree, root.parent, ignore_errors=True)
     project = root / below
     project.mkdir(parents=True)
     run(root, "git", "init", "--quiet", "--initial-branch=main")
@@ -154,8 +177,7 @@ def make_toy(root: Path, *, below: str = "") -> Toy:
     run(root, "git", "config", "user.name", "Ada")
     dvc = (sys.executable, "-m", "dvc")
     run(project, *dvc, "init", "--quiet", *(["--subdir"] if below else []))
-    remote = root.parent / f"{root.name}-remote"
-    run(project, *dvc, "remote", "add", "--quiet", "--default", "store", os.path.relpath(remote, project))
+    run(project, *dvc, "remote", "add", "--quiet", "--default", "store", REMOTE)
     run(project, *dvc, "config", "cache.type", "reflink,hardlink,symlink,copy")
     (project / "dvc.yaml").write_text(SHIPPED_GRAPH.read_text().replace("modelweld stage", "python toy_stage.py"))
     (project / "toy_stage.py").write_text(STAGE)
@@ -174,7 +196,4 @@ def make_toy(root: Path, *, below: str = "") -> Toy:
         "evaluate": {"bootstrap": 0},
     }
     (project / "params.yaml").write_text(yaml.safe_dump(params))
-    toy = Toy(project, remote)
-    toy.pin()
-    toy.commit("first")
-    return toy
+    return root
