@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score
 
+from modelweld import hardware
 from modelweld.cli import main
 from modelweld.errors import CheckpointError, ConfigError, InputError
-from modelweld.evaluation import scoreboard
+from modelweld.evaluation import read_scores, scoreboard
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline
 from modelweld.stages.report import report
@@ -131,6 +132,38 @@ def test_only_what_changed_is_predicted_again(project: Path) -> None:
     rewrite(project, {"max_length": 12})
     run(project)
     assert len(entries(project)) == len(kept) + 4, "base, expert, average, and one for ties and merge alike"
+
+
+def test_slow_half_precision_becomes_float32_and_scores_say_so(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "gflops", lambda precision, device: 35.0 if precision == "float32" else 0.7)
+    exact = run(project)
+    assert exact["precision"] == {"requested": "float32", "used": "float32"}
+    first, kept = outputs(project), entries(project)
+
+    precision(project, "bfloat16")
+    replaced = run(project)
+    assert "0.7 GFLOP/s in bfloat16, 35.0 in float32" in caplog.text
+    assert replaced["precision"] == {"requested": "bfloat16", "used": "float32"}
+    assert replaced | {"precision": None} == exact | {"precision": None}
+    assert entries(project) == kept, "the predictions are those of float32"
+
+    precision(project, "bfloat16!")
+    assert run(project)["precision"] == {"requested": "bfloat16!", "used": "bfloat16"}
+    assert outputs(project)["predictions/animal.parquet"] != first["predictions/animal.parquet"]
+    assert len(entries(project)) == 2 * len(kept), "no prediction of the other precision was served"
+
+    precision(project, "float32")
+    run(project)
+    assert outputs(project) == first
+    assert read_scores(project / "scores/animal.json").to_dict() == exact
+
+
+def precision(root: Path, wanted: str) -> None:
+    document = json.loads((root / "params.yaml").read_text())
+    document["evaluate"] |= {"precision": wanted}
+    (root / "params.yaml").write_text(json.dumps(document))
 
 
 def test_the_cache_belongs_to_the_project_not_to_the_worktree(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from modelweld.config.align import Align, Rows
 from modelweld.config.methods import Strict
 from modelweld.config.recipe import AnyRecipe, ExpertEntry, Name, Recipe
+from modelweld.hardware import Request
 
 
 class Source(Strict):
@@ -52,8 +53,10 @@ class Evaluate(Strict):
     """How predictions are made and how sure their scores are."""
 
     batch_tokens: Annotated[int, Field(ge=1)] = Field(16_384, description="tokens of a batch at most, padding included")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of matrix products; bfloat16 is several times faster where the hardware multiplies it"
+    precision: Request = Field(
+        "float32",
+        description="of matrix products; half precision is used only where this machine is measured to be faster in "
+        "it, unless it ends in `!`",
     )
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95

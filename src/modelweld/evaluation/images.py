@@ -222,10 +222,8 @@ def image_logits(
     ExternalError when the device runs out of memory.
     """
     model = model.to(device=settings.device, dtype=torch.float32).eval()
-    kind = settings.device.partition(":")[0]
-    products = torch.autocast(kind, torch.bfloat16, enabled=settings.precision == "bfloat16")
     collected = []
-    with torch.inference_mode(), products:
+    with torch.inference_mode(), settings.products():
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
             pixels = how.batch(part, start, where)

@@ -22,6 +22,7 @@ from modelweld.errors import CheckpointError, ConfigError, ExternalError, InputE
 from modelweld.evaluation.batching import token_batches
 from modelweld.evaluation.cache import Predictions, content_key
 from modelweld.evaluation.labels import LabelSpace
+from modelweld.hardware import Precision
 
 PREDICTION_VERSION = 1  # raise it when the same inputs may give other predictions
 CONFIDENCE_DIGITS = 4  # float32 noise between batch shapes stays below
@@ -75,7 +76,12 @@ class Settings:
     max_length: int
     batch_tokens: int
     device: str
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+
+    def products(self) -> torch.autocast:
+        """A context in which matrix products are computed in `precision`."""
+        kind, half = self.device.partition(":")[0], self.precision != "float32"
+        return torch.autocast(kind, getattr(torch, self.precision) if half else None, enabled=half)
 
     def document(self) -> dict[str, Any]:
         """What a prediction depends on beside model, tokenizer and rows."""
@@ -168,10 +174,9 @@ def predict(
 
     kind = settings.device.partition(":")[0]
     budget = min(settings.batch_tokens, CPU_TOKENS) if kind == "cpu" else settings.batch_tokens
-    products = torch.autocast(kind, torch.bfloat16, enabled=settings.precision == "bfloat16")
     order: list[int] = []
     collected = []
-    with torch.inference_mode(), products:
+    with torch.inference_mode(), settings.products():
         for rows in token_batches(lengths, budget):
             batch = collate([{name: values[row] for name, values in columns.items()} for row in rows])
             try:

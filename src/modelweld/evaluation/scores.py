@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from modelweld.errors import InputError
+from modelweld.hardware import PrecisionChoice
 
 VERSION = 1
 EXPERT = "expert"
@@ -53,7 +54,11 @@ class SystemScores:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Every system on one task: what scores/<task>.json holds."""
+    """Every system on one task: what scores/<task>.json holds.
+
+    `precision` is what the predictions were really computed in, beside what was asked for; None in scores that 0.1.0
+    wrote, which did not say.
+    """
 
     task: str
     dataset_digest: str
@@ -62,10 +67,13 @@ class TaskScores:
     confidence: float
     bootstrap: int
     systems: dict[str, SystemScores]
+    precision: PrecisionChoice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document: `normalised` is a bare number, its interval stands beside it."""
         document = asdict(self) | {"version": VERSION}
+        if self.precision is None:
+            del document["precision"]
         for system in document["systems"].values():
             interval = system.pop("normalised")
             system["normalised"] = interval.pop("value")
@@ -86,7 +94,8 @@ class TaskScores:
             for name, entry in document["systems"].items()
         }
         kept = {key: document[key] for key in ("task", "dataset_digest", "rows", "metric", "confidence", "bootstrap")}
-        return cls(**kept, systems=systems)
+        precision = document.get("precision")
+        return cls(**kept, systems=systems, precision=None if precision is None else PrecisionChoice(**precision))
 
 
 @dataclass(frozen=True)

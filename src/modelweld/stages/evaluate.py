@@ -36,6 +36,7 @@ from modelweld.evaluation.predictors import (
     tokenizer_digest,
 )
 from modelweld.evaluation.scores import EXPERT, TaskScores, reading_order, write_scores
+from modelweld.hardware import PrecisionChoice, choose_precision
 
 MODEL = "model"
 RESERVED = ("base", EXPERT, "merged", "row", "label")
@@ -196,6 +197,7 @@ def _run(trial: Trial, systems: Sequence[System], how: Evaluate, reference: str)
         metric=how.metric,
         confidence=how.confidence,
         bootstrap=how.bootstrap,
+        precision=PrecisionChoice(how.precision, trial.settings.precision),
         systems={name: scored[name] for name in reading_order(scored)},
     )
     return Outcome(truth, predictions, scores)
@@ -297,10 +299,13 @@ def classes_of(model: Path, task: str | None = None, base: Path | None = None) -
 
 
 def settings_of(max_length: int, how: Evaluate) -> Settings:
-    """How predictions are made here: by `evaluate:`, on the device that MODELWELD_DEVICE names."""
+    """How predictions are made here: by `evaluate:`, on the device that MODELWELD_DEVICE names.
+
+    The precision is the one that pays off on that device, which may not be the one that was asked for.
+    """
     # A merge takes all devices of a list, one process each; an evaluation is one process.
     device = choose_device((os.environ.get("MODELWELD_DEVICE") or "auto").partition(",")[0])
-    return Settings(max_length, how.batch_tokens, device, how.precision)
+    return Settings(max_length, how.batch_tokens, device, choose_precision(how.precision, device).used)
 
 
 def _cache(root: Path) -> PredictionCache:

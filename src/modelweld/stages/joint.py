@@ -20,6 +20,7 @@ from modelweld.evaluation.labels import LabelSpace
 from modelweld.evaluation.metrics import Resampling, accuracy, score_systems
 from modelweld.evaluation.predictors import Settings, System, model_digest, open_system
 from modelweld.evaluation.scores import TaskScores
+from modelweld.hardware import PrecisionChoice
 from modelweld.stages.evaluate import MODEL, Sample, classes_of, progress_of, settings_of
 
 ENSEMBLE = "ensemble"
@@ -115,10 +116,10 @@ def _scored(
 ) -> JointScores:
     truth, images, spans = rows.truth(), rows.images, rows.spans()
     name = "+".join(rows.sets)
+    settings = settings_of(1, how)
     logits: dict[str, list[NDArray[np.float32]]] = {}
     with progress_of(name, len(images) * sum(len(heads) for heads in systems.values())) as advance:
         for label, heads in systems.items():
-            settings = settings_of(1, how)
             logits[label] = [_logits(one, experts[task], images, settings, advance) for task, one in heads.items()]
     predicted = {label: joint(found).classes for label, found in logits.items()}
     within = {
@@ -141,7 +142,8 @@ def _scored(
         reference=next(iter(systems)),
     )
     digest = content_key({task: found.digest() for task, found in rows.sets.items()})
-    scores = TaskScores(name, digest, len(truth), how.metric, how.confidence, how.bootstrap, scored)
+    precision = PrecisionChoice(how.precision, settings.precision)
+    scores = TaskScores(name, digest, len(truth), how.metric, how.confidence, how.bootstrap, scored, precision)
     return JointScores(scores, within, {task: space.names for task, space in rows.spaces.items()})
 
 
