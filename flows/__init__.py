@@ -1,6 +1,6 @@
 """The pipelines as Prefect flows: when they run, what is tried again, what its pages show. The stages are dvc.yaml's.
 
-`merge` is the mission; `steps` are its tasks; `janitor` reports runs whose process died without saying so; `server` is
+`merge` is the mission; `steps` are its tasks; `crashed_runs` reports runs whose process died; `server` is
 there when no other Prefect server is.
 
     from flows.merge import merge

@@ -1,4 +1,4 @@
-"""Runs whose process died without a word: Prefect would show them as running for ever, and count them as concurrent."""
+"""Runs whose process died without reporting a final state: Prefect would show them as running for ever."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from flows.steps import say
+from flows.steps import log_progress
 from modelweld.workspace import Project, RunState
 
 
-def report_dead_runs(project: Project) -> list[RunState]:
-    """The runs of this project whose process is gone and whose end nobody had reported; they are Crashed now.
+def report_crashed_runs(project: Project) -> list[RunState]:
+    """The runs of this project that this call reported as crashed: their process is gone and their state was not final.
 
     A run is dead when nobody holds its lock file, which the kernel releases however its process ends.
     """
@@ -31,6 +31,6 @@ def report_dead_runs(project: Project) -> list[RunState]:
                 continue
             message = f"its process is gone; what it had done is in {run.path}"
             client.set_flow_run_state(UUID(run.flow_run_id), Crashed(message=message), force=True)
-            say(f"run {run.run_id} had died: reported as crashed; {message}")
+            log_progress(f"run {run.run_id} had died: reported as crashed; {message}")
             reported.append(run)
     return reported

@@ -11,8 +11,19 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.janitor import report_dead_runs
-from flows.steps import Patience, merge_notes, outcome, pin, push, record, register_and_gate, say, show_scores, stages
+from flows.crashed_runs import report_crashed_runs
+from flows.steps import (
+    RetryPolicy,
+    log_progress,
+    merge_notes,
+    outcome,
+    pin,
+    push,
+    record,
+    register_and_gate,
+    show_scores,
+    stages,
+)
 from modelweld.workspace import Project
 
 HOUR_S = 3600.0
@@ -34,15 +45,15 @@ def merge(
     something outside failed, never when a gate refused or the input is bad.
     """
     home = Project.find(Path(project))
-    report_dead_runs(home)
+    report_crashed_runs(home)
     with home.worktree(allow_dirty=allow_dirty, flow_run_id=flow_run.id) as tree:
         pin(tree, frozen=frozen)
         known = tree.started_from
         if known and not tree.stale_stages():
-            say(f"nothing changed since {known.tag}")
+            log_progress(f"nothing changed since {known.tag}")
             made, done, notes = known, [], []
         else:
-            done = [stage() for stage in stages(tree, Patience(stage_timeout_s, retry_delays_s))]
+            done = [stage() for stage in stages(tree, RetryPolicy(stage_timeout_s, retry_delays_s))]
             made = record(tree, to_registry=to_registry)
             show_scores(made)
             notes = merge_notes(tree)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modelweld.errors import ExternalError
-from modelweld.workspace import children
+from modelweld.workspace import processes
 
 PAUSE_S = 0.1
 
@@ -34,9 +34,9 @@ def temporary_server(home: Path, timeout_s: float) -> Iterator[Callable[[], None
         port = str(free.getsockname()[1])
     log = home / "server.log"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui"]
-    environment = {**os.environ, **children.TELEMETRY_OFF, "PREFECT_HOME": str(home)}
+    environment = {**os.environ, **processes.TELEMETRY_OFF, "PREFECT_HOME": str(home)}
     url = f"http://127.0.0.1:{port}/api"
-    with children.alongside(command, cwd=home, environment=environment, log=log) as server:
+    with processes.background_process(command, cwd=home, environment=environment, log=log) as server:
         os.environ["PREFECT_API_URL"] = url
         try:
             yield lambda: _wait(server, url, log, timeout_s)

@@ -22,8 +22,8 @@ from prefect.tasks import Task
 from modelweld.config import load_params
 from modelweld.errors import ExternalError, GateRefused, WorkspaceError
 from modelweld.registry.connection import tracking_uri
-from modelweld.registry.promotion import who
-from modelweld.registry.records import Outcome, register_record
+from modelweld.registry.from_record import Outcome, register_record
+from modelweld.registry.promotion import current_actor
 from modelweld.sources import LOCK_NAME, Change, changes, read_lock, resolve, write_lock
 from modelweld.workspace import Project, Record, Worktree
 from modelweld.workspace.failures import is_advice
@@ -31,14 +31,14 @@ from modelweld.workspace.worktree import Repro
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a stage may take, and after which pauses it is tried again."""
 
     timeout_s: float
     retry_delays_s: tuple[float, ...]
 
 
-def say(message: str, **facts: Any) -> None:
+def log_progress(message: str, **facts: Any) -> None:
     """Log `message` on the run's page. `modelweld` marks it, with its facts, as one for the terminal as well."""
     get_run_logger().info("%s", message, extra={"modelweld": facts})
 
@@ -53,56 +53,56 @@ def pin(tree: Worktree, *, frozen: bool) -> list[Change]:
     previous = read_lock(ours) or read_lock(theirs)
     if frozen:
         if previous is None:
-            raise WorkspaceError("no sources.lock.json to keep to", where=str(ours), hint="`modelweld pin` writes it")
+            raise WorkspaceError("--frozen needs sources.lock.json", where=str(ours), hint="`modelweld pin` writes it")
         if ours.exists():
             theirs.write_bytes(ours.read_bytes())
-        say("sources: taken as they were pinned")
+        log_progress("sources: taken as they were pinned")
         return []
     lock = resolve(load_params(tree.path / "params.yaml"), tree.project.root, previous)
     write_lock(lock, theirs)
     found = changes(previous, lock)
     moved = [change for change in found if change.what != "same"]
-    say(f"sources: {len(found)} pinned, " + (", ".join(f"{c.key} {c.what}" for c in moved) or "all as before"))
+    log_progress(f"sources: {len(found)} pinned, " + (", ".join(f"{c.key} {c.what}" for c in moved) or "all as before"))
     return found
 
 
-def stages(tree: Worktree, patience: Patience) -> list[Callable[[], Repro]]:
-    """One task a stage group of dvc.yaml, in its order; each runs when it is called.
+def stages(tree: Worktree, policy: RetryPolicy) -> list[Callable[[], Repro]]:
+    """One task per stage group of dvc.yaml, in order; each runs when it is called.
 
     They come one after the other: two DVC processes in one worktree end each other. Runs side by side have their own.
     """
     stale = set(tree.affected(tree.stale_stages()))
     return [
-        functools.partial(_run(group, patience), tree, group, len(stale.intersection(members)), patience.timeout_s)
+        functools.partial(_run(group, policy), tree, group, len(stale.intersection(members)), policy.timeout_s)
         for group, members in tree.graph.groups.items()
     ]
 
 
-def _run(group: str, patience: Patience) -> Task[[Worktree, str, int, float], Repro]:
+def _run(group: str, policy: RetryPolicy) -> Task[[Worktree, str, int, float], Repro]:
     return run_stage.with_options(
         name=group,
         task_run_name=group,
-        retries=len(patience.retry_delays_s),
-        retry_delay_seconds=list(patience.retry_delays_s),
+        retries=len(policy.retry_delays_s),
+        retry_delay_seconds=list(policy.retry_delays_s),
         retry_condition_fn=is_transient,
     )
 
 
 @task(cache_policy=NO_CACHE)
-def run_stage(tree: Worktree, group: str, stale: int, timeout_s: float) -> Repro:
+def run_stage(tree: Worktree, group: str, stale_count: int, timeout_s: float) -> Repro:
     """What DVC did for `group`: the child process's lines are logged as they come.
 
     The time limit is kept by the child's supervisor: Prefect's own cannot end a process.
     """
-    say(f"{group}: starts, {stale} of {len(tree.graph.groups[group])} stale", stage=group)
+    log_progress(f"{group}: starts, {stale_count} of {len(tree.graph.groups[group])} stale", stage=group)
     log = get_run_logger()
 
-    def listen(line: str) -> None:
+    def on_line(line: str) -> None:
         if not is_advice(line):
             log.info("%s", line, extra={"modelweld": {"stage": group, "line": True}})
 
-    done = tree.repro(group, listen=listen, timeout_s=timeout_s)
-    say(f"{group}: {_summary(done)}", stage=group, seconds=done.seconds)
+    done = tree.repro(group, on_line=on_line, timeout_s=timeout_s)
+    log_progress(f"{group}: {_summary(done)}", stage=group, seconds=done.seconds)
     return done
 
 
@@ -123,7 +123,7 @@ def record(tree: Worktree, *, to_registry: bool) -> Record:
 
     made = tree.record(flow_run_id=flow_run.id)
     tree.project.mark_unfinished(made, ("push", "register") if to_registry else ("push",))
-    say(f"record: {made.tag}")
+    log_progress(f"record: {made.tag}")
     return made
 
 
@@ -138,7 +138,7 @@ def push(project: Project, made: Record) -> None:
         kept = f"the merge is kept as {made.tag}; finish it with `modelweld register {made.tag}`"
         raise type(error)(error.what, where=error.where, hint=f"{error.hint or 'see the remote'}; {kept}") from error
     project.mark_done(made, "push")
-    say("push: everything is in the DVC remote")
+    log_progress("push: everything is in the DVC remote")
 
 
 @task(cache_policy=NO_CACHE, task_run_name="register", retries=1, retry_delay_seconds=5)
@@ -147,7 +147,7 @@ def register(project: Project, made: Record) -> Outcome | None:
     if "register" not in project.missing_steps(made):
         return None
     try:
-        found = register_record(project.root, made.tag, at=datetime.now(UTC), actor=who(project.root))
+        found = register_record(project.root, made.tag, at=datetime.now(UTC), actor=current_actor(project.root))
     except ExternalError as error:
         kept = f"the merge is kept as {made.tag}; finish it with `modelweld register {made.tag}`"
         raise type(error)(error.what, where=error.where, hint=f"{error.hint or 'start MLflow'}; {kept}") from error
@@ -177,7 +177,7 @@ def show_scores(made: Record) -> None:
 
 
 def score_rows(made: Record) -> list[dict[str, Any]]:
-    """One row a task and system: the metric with its interval, macro-F1, and the share of the expert's score."""
+    """One row per task and system: the metric with its interval, macro-F1, and the share of the expert's score."""
     rows = []
     for path in made.files("scores"):
         document = json.loads(made.read(path))
@@ -207,7 +207,7 @@ def _show_version(project: Project, found: Outcome) -> None:
     else:
         show = f"mlflow ui --backend-store-uri {where}"
         create_markdown_artifact(f"# {made.uri}\n\n{facts}\n\nSee it: `{show}`\n", key=key, description=made.record)
-    say(f"register: {made.uri} (aliases: {aliases})")
+    log_progress(f"register: {made.uri} (aliases: {aliases})")
 
 
 def merge_notes(tree: Worktree) -> list[str]:

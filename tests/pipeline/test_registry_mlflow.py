@@ -31,13 +31,13 @@ from modelweld.errors import (
 from modelweld.registry import aliases
 from modelweld.registry.audit import audit
 from modelweld.registry.connection import connect
-from modelweld.registry.promotion import Registry, open_registry, promote, rollback, who
-from modelweld.registry.records import (
+from modelweld.registry.from_record import (
     Outcome,
     latest_unregistered,
     register_record,
     registration_from_record,
 )
+from modelweld.registry.promotion import Registry, open_registry, promote, rollback, who
 from modelweld.registry.registration import register
 from modelweld.workspace import Record
 from modelweld.workspace import records as workspace_records
@@ -52,7 +52,7 @@ REGISTER_ONE = """
 import json, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from modelweld.registry.records import register_record
+from modelweld.registry.from_record import register_record
 done = register_record(Path(sys.argv[1]), sys.argv[2], at=datetime.now(UTC), actor="ada").registered
 print(json.dumps([done.version, done.created]))
 """

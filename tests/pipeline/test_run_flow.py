@@ -223,7 +223,7 @@ def test_a_remote_out_of_reach_keeps_the_merge_and_the_next_run_pushes_it(again:
 
 def test_frozen_needs_a_lock(toy: Toy) -> None:
     (toy.root / "sources.lock.json").unlink()
-    with pytest.raises(WorkspaceError, match=r"no sources\.lock\.json"):
+    with pytest.raises(WorkspaceError, match=r"needs sources\.lock\.json"):
         run(toy)
 
 

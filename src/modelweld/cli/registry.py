@@ -27,8 +27,8 @@ def register(
     ] = None,
 ) -> None:
     """Register a recorded run in MLflow, or finish a registration that failed; exits 1 when the gate refuses it."""
-    from modelweld.registry.promotion import who
-    from modelweld.registry.records import latest_unregistered, register_record
+    from modelweld.registry.from_record import latest_unregistered, register_record
+    from modelweld.registry.promotion import current_actor
     from modelweld.workspace import Project
 
     project = Project.find(_root())
@@ -41,7 +41,7 @@ def register(
         # A version whose weights only this machine has would be a dangling pointer everywhere else.
         project.push(record)
         project.mark_done(record, "push")
-    outcome = register_record(project.root, record.tag, at=datetime.now(UTC), actor=who(project.root))
+    outcome = register_record(project.root, record.tag, at=datetime.now(UTC), actor=current_actor(project.root))
     project.mark_done(record, "register")
     done = outcome.registered
     made = "registered as" if done.created else "was registered already as"
@@ -67,11 +67,11 @@ def promote(
     push: Push = None,
 ) -> None:
     """Make a version champion and the champion so far previous; exits 1 when its gate did not pass."""
+    from modelweld.registry.promotion import current_actor
     from modelweld.registry.promotion import promote as move
-    from modelweld.registry.promotion import who
 
     registry = _registry(name)
-    done = move(registry, version, at=datetime.now(UTC), actor=who(registry.root), to=to, override=override)
+    done = move(registry, version, at=datetime.now(UTC), actor=current_actor(registry.root), to=to, override=override)
     _report(registry, done, f"{done.name} version {done.version} is {to.lower()}", push)
 
 
@@ -82,11 +82,11 @@ def rollback(
     push: Push = None,
 ) -> None:
     """Make the previous champion champion again, after its weights were brought here and checked."""
+    from modelweld.registry.promotion import current_actor
     from modelweld.registry.promotion import rollback as move
-    from modelweld.registry.promotion import who
 
     registry = _registry(name)
-    done = move(registry, at=datetime.now(UTC), actor=who(registry.root), reason=reason)
+    done = move(registry, at=datetime.now(UTC), actor=current_actor(registry.root), reason=reason)
     _report(registry, done, f"{done.name} is back at version {done.version}", push)
 
 

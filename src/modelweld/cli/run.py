@@ -39,7 +39,7 @@ def run(
     # Refused before Prefect's server is started, which takes seconds.
     project.head()
     if not allow_dirty:
-        project.refuse_dirty()
+        project.require_clean()
     ready = _prefect(project)
     from flows.merge import merge
 
@@ -73,7 +73,7 @@ def rederive(
     record = project.record(tag) if tag else project.latest_record()
     if record is None:
         raise WorkspaceError("nothing is recorded here yet", where=str(project.root), hint="modelweld run")
-    found = make_again(project, record, output, listen=_show_line)
+    found = make_again(project, record, output, on_line=_show_line)
     if not found.equal:
         raise GateRefused(
             f"{found.output} was recorded as {found.recorded} and comes out as {found.rebuilt}",
@@ -90,7 +90,7 @@ def _show_line(line: str) -> None:
 def _prefect(project: Project) -> Callable[[], None]:
     """Set Prefect up as the user did, else with a home in the project and a server of this process; waits for that."""
     from flows.server import temporary_server
-    from modelweld.workspace.children import TELEMETRY_OFF
+    from modelweld.workspace.processes import TELEMETRY_OFF
 
     settings = dict(TELEMETRY_OFF)
     if not options.debug:

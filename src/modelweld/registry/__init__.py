@@ -1,6 +1,6 @@
 """The model registry: MLflow versions that point into DVC, and a ledger of who moved which alias.
 
-`records` reads a recorded run from git, `registration` turns it into a version, `gate` decides whether it may be
+`from_record` reads a recorded run from git, `registration` turns it into a version, `gate` decides whether it may be
 challenger, `promotion` moves the aliases, `ledger` remembers. `address`, `materialise`, `prediction` and `served` are
 the other end: what happens when somebody loads a version.
 

@@ -22,7 +22,7 @@ from modelweld.registry.gate import Decision, Scoreboard
 from modelweld.registry.promotion import nominate, open_registry
 from modelweld.registry.registration import Parent, RegisteredVersion, Registration, find_version, register
 from modelweld.workspace import Project, Record, materialise
-from modelweld.workspace.git import line, line_or_none
+from modelweld.workspace.git import line, try_git
 
 OUT = "merged"
 TEXTS = ("params.yaml", "dvc.yaml", "dvc.lock", "sources.lock.json", "validation/gate.json")
@@ -93,7 +93,7 @@ def registration_from_record(project_root: Path, tag: str, *, plots: tuple[Path,
         record=record.tag,
         recorded_at=_recorded_at(project.root, record.tag),
         commit=record.commit,
-        source_commit=line_or_none(project.root, "rev-parse", "--verify", "--quiet", f"{record.commit}^"),
+        source_commit=try_git(project.root, "rev-parse", "--verify", "--quiet", f"{record.commit}^"),
         address=DvcAddress(
             repo=str(project.root),
             rev=record.tag,
@@ -101,7 +101,7 @@ def registration_from_record(project_root: Path, tag: str, *, plots: tuple[Path,
             md5=_locked_md5(documents["dvc.lock"], record),
             manifest_sha256=hashlib.sha256(manifest).hexdigest(),
             url=_public_url(project.root),
-            folder=line_or_none(project.root, "rev-parse", "--show-prefix") or None,
+            folder=try_git(project.root, "rev-parse", "--show-prefix") or None,
         ),
         manifest=json.loads(manifest),
         scoreboard=_scoreboard(record, params),
@@ -156,7 +156,7 @@ def _scoreboard(record: Record, params: Mapping[str, Any]) -> Scoreboard:
 
 def _public_url(root: Path) -> str | None:
     """The git remote's URL without the password or token it may carry: it will stand in MLflow for all to read."""
-    url = line_or_none(root, "config", "--get", "remote.origin.url")
+    url = try_git(root, "config", "--get", "remote.origin.url")
     if url is None:
         return None
     parts = urlsplit(url)

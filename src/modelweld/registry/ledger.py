@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from modelweld.errors import WorkspaceError
-from modelweld.workspace.git import git, line, line_or_none
+from modelweld.workspace.git import git, line, try_git
 
 FILE = "events.jsonl"
 COMMITTER = {"name": "modelweld", "email": "modelweld@localhost"}
@@ -100,7 +100,7 @@ class Ledger:
             .decode()
             .strip()
         )
-        standing = line_or_none(self.root, "rev-parse", "--verify", "--quiet", self.ref)
+        standing = try_git(self.root, "rev-parse", "--verify", "--quiet", self.ref)
         if standing not in (None, tip) and not self._is_ancestor(standing, tip):
             raise self._raced()
         try:
@@ -137,7 +137,7 @@ class Ledger:
     def _is_ancestor(self, older: str | None, newer: str | None) -> bool:
         if older is None or newer is None:
             return False
-        return line_or_none(self.root, "merge-base", older, newer) == older
+        return try_git(self.root, "merge-base", older, newer) == older
 
     def _raced(self) -> WorkspaceError:
         return WorkspaceError(

@@ -29,7 +29,7 @@ from modelweld.registry.gate import Decision, Scoreboard, decide
 from modelweld.registry.ledger import Event, Ledger
 from modelweld.registry.materialise import materialise
 from modelweld.registry.registration import RECORD, SCORES
-from modelweld.workspace.git import line, line_or_none
+from modelweld.workspace.git import line, try_git
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,12 +94,12 @@ def open_registry(root: Path, name: str, uri: str | None = None) -> Registry:
     return Registry(root, name, where, connect(where), Ledger(root, name))
 
 
-def who(root: Path) -> str:
+def current_actor(root: Path) -> str:
     """Who acts: MODELWELD_ACTOR, else git's user, else the operating system's."""
     given = os.environ.get("MODELWELD_ACTOR")
     if given:
         return given
-    name, email = line_or_none(root, "config", "user.name"), line_or_none(root, "config", "user.email")
+    name, email = try_git(root, "config", "user.name"), try_git(root, "config", "user.email")
     return f"{name} <{email}>" if name and email else name or email or getpass.getuser()
 
 

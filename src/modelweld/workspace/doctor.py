@@ -1,4 +1,4 @@
-"""What stands between this machine and a good run: one finding a check, each with how to fix it."""
+"""What would stop a run on this machine: one finding per check, each with a fix."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from modelweld.errors import (
     RemoteUnavailable,
     WorkspaceError,
 )
-from modelweld.workspace.children import Ended
+from modelweld.workspace.processes import ProcessResult
 
 EXITED = re.compile(r"ERROR: failed to reproduce '(?P<stage>[^']+)': failed to run: .*, exited with (?P<code>-?\d+)$")
 RUNNING = re.compile(r"^Running stage '(?P<stage>[^']+)'")
@@ -43,7 +43,7 @@ def is_advice(line: str) -> bool:
     return line.strip().startswith(ADVICE)
 
 
-def of_stage(ended: Ended, group: str, timeout_s: float | None) -> ModelweldError:
+def of_stage(ended: ProcessResult, group: str, timeout_s: float | None) -> ModelweldError:
     """The error that `dvc repro` of `group` ended with."""
     text = "\n".join(ended.lines)
     if ended.timed_out:
@@ -58,7 +58,7 @@ def of_stage(ended: Ended, group: str, timeout_s: float | None) -> ModelweldErro
     return _of_dvc(text, ended, f"stage {group}")
 
 
-def of_push(ended: Ended) -> ModelweldError:
+def of_push(ended: ProcessResult) -> ModelweldError:
     """The error that `dvc push` ended with."""
     text = "\n".join(ended.lines)
     if "no remote specified" in text or "config file error" in text:
@@ -92,7 +92,7 @@ def _of_command(stage: str, code: int, lines: Sequence[str]) -> ModelweldError:
     return InputError(what, where=where, hint=hint)
 
 
-def _of_dvc(text: str, ended: Ended, where: str) -> ModelweldError:
+def _of_dvc(text: str, ended: ProcessResult, where: str) -> ModelweldError:
     said = _last_errors(ended.lines)
     if match := ABSENT.search(text):
         return WorkspaceError(

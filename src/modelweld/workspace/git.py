@@ -27,7 +27,7 @@ def line(root: Path, *words: str) -> str:
     return git(root, *words).decode().strip()
 
 
-def line_or_none(root: Path, *words: str) -> str | None:
+def try_git(root: Path, *words: str) -> str | None:
     """The one line `git <words>` printed; None when git knows no such thing."""
     done = _run(root, words, None, None)
     return done.stdout.decode().strip() if done.returncode == 0 else None
@@ -35,7 +35,7 @@ def line_or_none(root: Path, *words: str) -> str | None:
 
 def identity(root: Path) -> dict[str, str]:
     """Whose name a record carries: the user's where git knows one, else modelweld's own."""
-    if line_or_none(root, "config", "user.email") or os.environ.get("GIT_COMMITTER_EMAIL"):
+    if try_git(root, "config", "user.email") or os.environ.get("GIT_COMMITTER_EMAIL"):
         return {}
     keys = [f"GIT_{role}_{part}" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")]
     return dict(zip(keys, ["modelweld", "modelweld@localhost"] * 2, strict=True))

@@ -19,7 +19,7 @@ from typing import Any
 import networkx
 
 from modelweld.errors import ExternalError, WorkspaceError
-from modelweld.workspace.children import environment
+from modelweld.workspace.processes import environment
 
 JOIN = "@"
 PROJECT_FILE = "dvc.yaml"
@@ -132,10 +132,10 @@ def opened(tree: Path) -> Iterator[Any]:
     except LockError as error:
         raise ExternalError("DVC is busy in this workspace", where=str(tree), hint="wait for the other run") from error
     except DvcException as error:
-        raise WorkspaceError(f"DVC says: {_chain(error)}", where=str(tree), hint=_mend(_chain(error))) from error
+        raise WorkspaceError(f"DVC says: {_chain(error)}", where=str(tree), hint=_hint_for(_chain(error))) from error
 
 
-def _mend(message: str) -> str | None:
+def _hint_for(message: str) -> str | None:
     if "are missing from" in message:
         return "give each of them in that file; `{}` takes every default of a section"
     return "`modelweld pin` writes it" if "'sources.lock.json' does not exist" in message else None

@@ -27,11 +27,11 @@ TELEMETRY_OFF = {
 # Colours and cursor movements of a stage's progress bars have no place in a log.
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
-Listener = Callable[[str], None]
+LineCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessResult:
     """How a child ended: its exit code, whether its time was up, and its last lines."""
 
     code: int
@@ -60,10 +60,10 @@ def run(
     *,
     cwd: Path,
     environment: Mapping[str, str],
-    listen: Listener | None = None,
+    on_line: LineCallback | None = None,
     timeout_s: float | None = None,
-) -> Ended:
-    """How `command` ended, after every line it printed was given to `listen`.
+) -> ProcessResult:
+    """How `command` ended, after every line it printed was given to `on_line`.
 
     The child's process group ends with this process (also by kill -9), with an exception raised here (Ctrl-C), and when
     `timeout_s` are over.
@@ -98,8 +98,8 @@ def run(
             line = ESCAPES.sub("", raw).rstrip()
             if line:
                 kept.append(line)
-                if listen:
-                    listen(line)
+                if on_line:
+                    on_line(line)
         code = child.wait()
     finally:
         if timer:
@@ -107,11 +107,11 @@ def run(
         _close(child)
         child.wait()
         child.stdout.close()
-    return Ended(code, timed_out.is_set(), tuple(kept))
+    return ProcessResult(code, timed_out.is_set(), tuple(kept))
 
 
 @contextmanager
-def alongside(
+def background_process(
     command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], log: Path, grace_s: float = GRACE_S
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that runs while the block does and writes to `log`; it too ends with this one, however that ends."""

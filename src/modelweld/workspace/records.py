@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelweld.errors import WorkspaceError
-from modelweld.workspace.git import git, identity, line, line_or_none
+from modelweld.workspace.git import git, identity, line, try_git
 
 PREFIX = "merge-run"
 SCHEMA = "modelweld.record/1"
@@ -118,7 +118,7 @@ def write(
 def read(root: Path, tag: str) -> Record:
     """The record behind `tag`; WorkspaceError when there is none or when it is not one of modelweld's."""
     tag = tag.removeprefix("refs/tags/")
-    commit = line_or_none(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}")
+    commit = try_git(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}")
     if commit is None:
         raise WorkspaceError(f"no record {tag!r}", where=str(root), hint=f"`git tag --list '{PREFIX}/*'` lists them")
     body = line(root, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from modelweld.errors import WorkspaceError
-from modelweld.workspace.children import Listener
+from modelweld.workspace.processes import LineCallback
 from modelweld.workspace.records import Record
 
 if TYPE_CHECKING:
@@ -30,19 +30,21 @@ class Rederived:
         return self.recorded == self.rebuilt
 
 
-def rederive(project: Project, record: Record, output: str = "merged", *, listen: Listener | None = None) -> Rederived:
+def rederive(
+    project: Project, record: Record, output: str = "merged", *, on_line: LineCallback | None = None
+) -> Rederived:
     """What `record`'s stage makes of the same inputs today, beside what it made then.
 
-    Works in a passing worktree at the record; inputs come from the cache or the remote. The stage itself always runs,
+    Works in a temporary worktree at the record; inputs come from the cache or the remote. The stage itself always runs,
     whatever DVC remembers of it.
     """
     stage, recorded = _made_by(record.read("dvc.lock").decode(), output, record.tag)
-    with project.at(record.tag) as tree:
+    with project.checkout(record.tag) as tree:
         for group in tree.groups():
             if group == stage:
                 break
-            tree.repro(group, listen=listen)
-        tree.remake(stage, listen=listen)
+            tree.repro(group, on_line=on_line)
+        tree.force_repro(stage, on_line=on_line)
         _, rebuilt = _made_by((tree.path / "dvc.lock").read_text(encoding="utf-8"), output, record.tag)
     return Rederived(record.tag, output, stage, recorded, rebuilt)
 

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from modelweld.errors import WorkspaceError
 from modelweld.workspace import records
-from modelweld.workspace.children import Listener
-from modelweld.workspace.git import git, line_or_none
+from modelweld.workspace.git import git, try_git
+from modelweld.workspace.processes import LineCallback
 from modelweld.workspace.records import Record
 from modelweld.workspace.worktree import Worktree
 
@@ -62,7 +62,7 @@ class Project:
         WorkspaceError, with what to do, when there is no git repository or DVC is not initialised.
         """
         start = (path or Path()).resolve()
-        top = line_or_none(start, "rev-parse", "--show-toplevel")
+        top = try_git(start, "rev-parse", "--show-toplevel")
         if top is None:
             raise WorkspaceError(
                 "not in a git repository", where=str(start), hint="git init && git add --all && git commit"
@@ -98,7 +98,7 @@ class Project:
 
     def head(self) -> str:
         """The commit a run starts from; WorkspaceError when there is none yet."""
-        commit = line_or_none(self.root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+        commit = try_git(self.root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
         if commit is None:
             raise WorkspaceError(
                 "this git repository has no commit yet", where=str(self.repository), hint="git add --all && git commit"
@@ -110,7 +110,7 @@ class Project:
         listed = git(self.root, "diff", "--name-only", "-z", "HEAD", "--").decode()
         return sorted(path for path in listed.split("\0") if path and Path(path).name not in MACHINE_WRITTEN)
 
-    def refuse_dirty(self) -> None:
+    def require_clean(self) -> None:
         """WorkspaceError when a tracked file was changed and not committed: its run could not be repeated."""
         if changed := self.changed_files():
             shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
@@ -134,8 +134,8 @@ class Project:
         self.head()
         dirty = bool(self.changed_files())
         if dirty and not allow_dirty:
-            self.refuse_dirty()
-        self.tidy()
+            self.require_clean()
+        self.prune_worktrees()
         run_id = run_id or new_run_id()
         folder = self.state_dir / "runs"
         folder.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ class Project:
             found.append(RunState(run_id, note.parent / run_id, self._alive(run_id), flow_run_id))
         return found
 
-    def tidy(self) -> list[RunState]:
+    def prune_worktrees(self) -> list[RunState]:
         """Remove what dead runs left, but for the newest few; the ones that were removed."""
         gone: list[RunState] = []
         for state in [run for run in self.runs() if not run.alive][KEPT_DEAD_RUNS:]:
@@ -191,14 +191,14 @@ class Project:
         tags = records.tags(self.root, name)
         return records.read(self.root, tags[0]) if tags else None
 
-    def push(self, record: Record, *, listen: Listener | None = None) -> None:
+    def push(self, record: Record, *, on_line: LineCallback | None = None) -> None:
         """Send the bytes of `record` to the DVC remote; RemoteUnavailable when not taken; safe to repeat."""
-        with self.at(record.commit) as tree:
-            tree.push(listen=listen)
+        with self.checkout(record.commit) as tree:
+            tree.push(on_line=on_line)
 
     @contextmanager
-    def at(self, rev: str) -> Iterator[Worktree]:
-        """A passing worktree at any revision, without data, over this project's cache and remote."""
+    def checkout(self, rev: str) -> Iterator[Worktree]:
+        """A temporary worktree at any revision, without data, over this project's cache and remote."""
         run_id = f"at-{secrets.token_hex(4)}"
         folder = self.state_dir / "looks"
         folder.mkdir(exist_ok=True)
@@ -230,7 +230,7 @@ class Project:
         found: list[Unfinished] = []
         for path in sorted((self.state_dir / "pending").glob("*.json"), reverse=True):
             said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if line_or_none(self.root, "rev-parse", "--verify", "--quiet", f"refs/tags/{said['tag']}") is None:
+            if try_git(self.root, "rev-parse", "--verify", "--quiet", f"refs/tags/{said['tag']}") is None:
                 path.unlink()  # its tag was deleted: there is nothing left to finish
                 continue
             found.append(Unfinished(records.read(self.root, said["tag"]), tuple(said["steps"]), said["reason"]))

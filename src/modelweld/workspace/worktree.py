@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelweld.errors import GateRefused, WorkspaceError
-from modelweld.workspace import children, failures, graph, records
-from modelweld.workspace.children import Listener
+from modelweld.workspace import failures, graph, processes, records
+from modelweld.workspace.processes import LineCallback
 from modelweld.workspace.records import Record
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Worktree:
         reached = set(stale).union(*(self.graph.downstream.get(stage, frozenset()) for stage in stale))
         return [stage for stages in self.graph.groups.values() for stage in stages if stage in reached]
 
-    def repro(self, group: str, *, listen: Listener | None = None, timeout_s: float | None = None) -> Repro:
+    def repro(self, group: str, *, on_line: LineCallback | None = None, timeout_s: float | None = None) -> Repro:
         """Run what is stale in `group` and bring back the rest, in a child process; then link outputs to the cache.
 
         Raises GateRefused, InputError or ExternalError as the stage's own exit code said, StageBusy when another DVC
@@ -74,30 +74,30 @@ class Worktree:
                 f"dvc.yaml has no stage {group!r}", where=str(self.path), hint=f"one of: {', '.join(self.graph.groups)}"
             )
         started = time.monotonic()
-        ended = self._dvc("repro", "--single-item", "--pull", *stages, listen=listen, timeout_s=timeout_s)
+        ended = self._dvc("repro", "--single-item", "--pull", *stages, on_line=on_line, timeout_s=timeout_s)
         if ended.code != 0:
             raise failures.of_stage(ended, group, timeout_s)
         ran, restored = _what_happened(ended.lines)
         if ran:
             # DVC leaves a second full copy of what a stage wrote; a link to the cache is enough.
-            relinked = self._dvc("checkout", "--relink", *ran, listen=None, timeout_s=timeout_s)
+            relinked = self._dvc("checkout", "--relink", *ran, on_line=None, timeout_s=timeout_s)
             if relinked.code != 0:
                 raise failures.of_stage(relinked, group, timeout_s)
         return Repro(group, ran, restored, time.monotonic() - started)
 
-    def remake(self, stage: str, *, listen: Listener | None = None) -> None:
+    def force_repro(self, stage: str, *, on_line: LineCallback | None = None) -> None:
         """Run `stage` whether or not it is stale; its inputs have to be here already."""
-        ended = self._dvc("repro", "--single-item", "--force", stage, listen=listen, timeout_s=None)
+        ended = self._dvc("repro", "--single-item", "--force", stage, on_line=on_line, timeout_s=None)
         if ended.code != 0:
             raise failures.of_stage(ended, stage, None)
 
-    def push(self, *, listen: Listener | None = None) -> None:
+    def push(self, *, on_line: LineCallback | None = None) -> None:
         """Send everything this worktree's dvc.lock names to the DVC remote; RemoteUnavailable when it is not taken."""
-        ended = self._dvc("push", listen=listen, timeout_s=None)
+        ended = self._dvc("push", on_line=on_line, timeout_s=None)
         if ended.code != 0:
             raise failures.of_push(ended)
 
-    def verdict(self) -> str | None:
+    def gate_verdict(self) -> str | None:
         """What the validation gate said, None when this graph has no gate."""
         gate = self.path / "validation" / "gate.json"
         if not gate.is_file():
@@ -110,7 +110,7 @@ class Worktree:
 
         Refuses (GateRefused) a run whose validation gate said no.
         """
-        verdict = self.verdict()
+        verdict = self.gate_verdict()
         if verdict == "fail":
             raise GateRefused("the validation gate refused this run", where=str(self.path / "validation/gate.json"))
         wanted = ("params.yaml", "sources.lock.json", "dvc.lock", *self.graph.kept_by_git)
@@ -142,12 +142,12 @@ class Worktree:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(record.read(path))
 
-    def _dvc(self, *words: str, listen: Listener | None, timeout_s: float | None) -> children.Ended:
-        return children.run(
+    def _dvc(self, *words: str, on_line: LineCallback | None, timeout_s: float | None) -> processes.ProcessResult:
+        return processes.run(
             [*DVC, *words],
             cwd=self.path,
-            environment=children.environment(self.project.root),
-            listen=listen,
+            environment=processes.environment(self.project.root),
+            on_line=on_line,
             timeout_s=timeout_s,
         )
 

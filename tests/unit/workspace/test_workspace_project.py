@@ -121,7 +121,7 @@ def test_a_failed_run_is_kept_and_the_oldest_are_removed(toy: Toy) -> None:
             fail_in(toy, tree)
         assert path.is_dir()
     assert [state.alive for state in project.runs()] == [False] * len(project.runs())
-    project.tidy()
+    project.prune_worktrees()
     assert [path.is_dir() for path in kept] == [False, False, True, True, True]
     assert toy.git("worktree", "list").count("runs/") == KEPT_DEAD_RUNS
 

@@ -131,7 +131,7 @@ def test_a_run_its_record_and_what_is_stale_afterwards(toy: Toy, project: Projec
     lines: list[str] = []
     with project.worktree("20260101T000000Z-abcdef") as tree:
         take_pins(toy, tree)
-        done = [tree.repro(group, listen=lines.append) for group in tree.groups()]
+        done = [tree.repro(group, on_line=lines.append) for group in tree.groups()]
         linked = (tree.path / "merged" / "weights.txt").stat()
         record = tree.record(flow_run_id="f-1")
     assert [stage for repro in done for stage in repro.ran] == STAGES
@@ -277,7 +277,7 @@ from modelweld.workspace import Project
 from pathlib import Path
 with Project.find(Path({str(toy.root)!r})).worktree() as tree:
     shutil.copy({str(toy.root / "sources.lock.json")!r}, tree.path)
-    tree.repro("fetch", listen=print)
+    tree.repro("fetch", on_line=print)
 """
     child = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.DEVNULL, env=environment())
     wait_for(lambda: "fetch@dataset-a" in toy.ran())
