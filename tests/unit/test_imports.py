@@ -99,13 +99,3 @@ def test_an_elementwise_merge_needs_torch_alone(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert loaded_by(COMMAND, "merge", "recipe.yaml", "out", where=tmp_path) == "loaded: ['torch']"
     assert loaded_by(COMMAND, "plan", "recipe.yaml", where=tmp_path) == "loaded: ['torch']"
-
-
-def test_the_public_names_are_these() -> None:
-    import modelweld
-
-    assert modelweld.__all__ == ["load", "merge"]
-    assert callable(modelweld.load)
-    assert callable(modelweld.merge)
-    with pytest.raises(AttributeError, match="no attribute 'weld'"):
-        modelweld.weld  # noqa: B018

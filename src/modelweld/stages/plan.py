@@ -188,8 +188,8 @@ class Foresight:
 
 
 def plan(
-    recipe: Recipe | Path,
-    out: Path,
+    recipe: Recipe | str | Path,
+    out: str | Path,
     device: str = "auto",
     *,
     threads: int | None = None,
@@ -200,8 +200,10 @@ def plan(
     Models of a params.yaml need not be fetched: the headers of their weights are read where they are. Raises what
     `merge` would raise before it reads a weight.
     """
+    out = Path(out)
     if isinstance(recipe, Recipe):
         return _foresee(recipe, out, device, threads, memory_limit)
+    recipe = Path(recipe)
     if not _is_params(recipe):
         return _foresee(load_recipe(recipe), out, device, threads, memory_limit)
     with sighted(load_params(recipe), recipe.parent) as sighting:
