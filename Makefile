@@ -2,6 +2,7 @@
 #   make demo    a real merge of five finetuned MiniLMs, end to end, into a local registry
 #   make test    all tests        make test-fast    those without servers and without long merges
 #   make lint    style, types, layers        make bench    the benchmarks
+#   make docs    the documentation site, into site/        make docs-serve    the same on http://127.0.0.1:8000
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -17,11 +18,11 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-fast lint bench clean help
+.PHONY: demo test test-fast lint bench docs docs-serve clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#//p' Makefile | head -4
+	@sed -n 's/^#//p' Makefile | head -5
 
 $(READY): pyproject.toml constraints.txt
 	@echo "==> installing modelweld and its tools into $(VENV) (a few minutes the first time)"
@@ -52,6 +53,13 @@ lint: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+docs: $(READY)
+	@echo "==> the documentation site, into site/; a broken link or reference is an error"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
+
 bench: $(READY)
 	@echo "==> benchmarks (ratios; minutes to an hour)"
 	@for script in benchmarks/*.py; do echo "--> $$script"; $(BIN)/python $$script || exit 1; done
@@ -59,4 +67,4 @@ bench: $(READY)
 clean:
 	@echo "==> removing what the pipeline and the tools made (the registry and the DVC store in .modelweld stay)"
 	@rm -rf models datasets merged baselines predictions scores validation sources.lock.json dvc.lock
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	@rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build
