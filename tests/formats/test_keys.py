@@ -16,9 +16,9 @@ import pytest
 
 from modelweld.config import load_params
 from modelweld.registry import aliases
+from modelweld.registry.from_record import register_record
 from modelweld.registry.ledger import FILE, Ledger
 from modelweld.registry.promotion import open_registry, promote, rollback
-from modelweld.registry.records import register_record
 from modelweld.sources import resolve, write_lock
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline

@@ -23,9 +23,9 @@ from modelweld.evaluation.scores import read_scores, scoreboard, write_scores
 from modelweld.lineage import manifest
 from modelweld.registry.address import DvcAddress
 from modelweld.registry.audit import audit
+from modelweld.registry.from_record import register_record, registration_from_record
 from modelweld.registry.ledger import FILE, Ledger
 from modelweld.registry.promotion import nominate, open_registry, rollback
-from modelweld.registry.records import register_record, registration_from_record
 from modelweld.sources import read_lock, write_lock
 from modelweld.workspace import Project, materialise
 from modelweld.workspace import records as workspace_records

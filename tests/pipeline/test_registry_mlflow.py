@@ -37,7 +37,7 @@ from modelweld.registry.from_record import (
     register_record,
     registration_from_record,
 )
-from modelweld.registry.promotion import Registry, open_registry, promote, rollback, who
+from modelweld.registry.promotion import Registry, current_actor, open_registry, promote, rollback
 from modelweld.registry.registration import register
 from modelweld.workspace import Record
 from modelweld.workspace import records as workspace_records
@@ -586,9 +586,9 @@ def test_a_served_version_answers_over_http(recorded: Recorded) -> None:
 
 
 def test_who_acts(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert who(recorded.root) == "ada"
+    assert current_actor(recorded.root) == "ada"
     monkeypatch.delenv("MODELWELD_ACTOR")
-    assert who(recorded.root) == "Ada <ada@example.org>"
+    assert current_actor(recorded.root) == "Ada <ada@example.org>"
 
 
 def test_an_unknown_record_is_refused(recorded: Recorded) -> None:
