@@ -84,10 +84,10 @@ def test_the_plane_holds_its_corners(project: Path) -> None:
     assert found["tasks"].keys() == {"colour", "animal"}
     from modelweld.alignment.plane import Order, Plane, corners_of
     from modelweld.checkpoints import Checkpoint
+    from modelweld.config import load_recipe_or_params
     from modelweld.engine import open_inputs
-    from modelweld.stages.plan import recipe_in
 
-    recipe = recipe_in(project / "params.yaml")
+    recipe = load_recipe_or_params(project / "params.yaml")
     assert recipe.alignment is not None
     with open_inputs(recipe) as inputs, Checkpoint.open(project / "merged") as weights:
         order = Order.of(recipe.alignment, inputs, project / "merged", project)

@@ -18,13 +18,12 @@ from modelweld.alignment.repairing import recompute_statistics
 from modelweld.alignment.rows import Calibration, accuracy_on, calibration_of
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.shards import disk_errors
-from modelweld.config import Params, load_params
+from modelweld.config import Params, load_params, load_recipe_or_params
 from modelweld.config.align import Align, Rows
 from modelweld.engine import Inputs, open_inputs
 from modelweld.engine.inputs import Expert, task_of
 from modelweld.errors import ConfigError, InputError
 from modelweld.lineage import manifest
-from modelweld.stages.plan import recipe_in
 from modelweld.symmetry.families import STATISTICS
 from modelweld.symmetry.instances import own_names
 
@@ -41,7 +40,7 @@ def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200)
     Kept in .modelweld/landscape.json. Raises ConfigError for a zipped merge and for experts without heads, InputError
     where the models span no plane, and what reading rows raises.
     """
-    params, merged, recipe = load_params(params_file), root / "merged", recipe_in(params_file)
+    params, merged, recipe = load_params(params_file), root / "merged", load_recipe_or_params(params_file)
     asked = recipe.alignment or Align()
     settings = asked.model_copy(update={"rows": min(asked.rows, _CALIBRATION_ROWS), "validation_rows": rows})
     with ExitStack() as opened:

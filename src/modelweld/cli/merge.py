@@ -84,12 +84,12 @@ def plan(
 
 def _axis(text: str) -> tuple[str, list[Any]]:
     """`drop_rate=0.5,0.8` as a name and its values, each read as YAML."""
-    import yaml
+    from modelweld.config.reading import read_yaml
 
     name, equals, values = text.partition("=")
     try:
-        found = [yaml.safe_load(value) for value in values.split(",")]
-    except yaml.YAMLError as error:
+        found = [read_yaml(value) for value in values.split(",")]
+    except ValueError as error:
         raise ConfigError(f"{text!r} is not readable: {error}", where="--grid") from error
     if not equals or not name.strip() or any(isinstance(value, list | dict) for value in found):
         raise ConfigError(f"{text!r} names no values", where="--grid", hint="--grid drop_rate=0.5,0.8")
@@ -191,16 +191,16 @@ def import_mergekit(
     """Turn a mergekit configuration into a recipe, and name what cannot be carried over."""
     import yaml
 
+    from modelweld.config.loading import check_recipe
     from modelweld.config.mergekit import convert
-    from modelweld.config.recipe import RECIPE_ADAPTER
+    from modelweld.config.reading import read_yaml
 
     try:
-        imported = convert(yaml.safe_load(config.read_text(encoding="utf-8")))
-        RECIPE_ADAPTER.validate_python(imported.recipe)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = read_yaml(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"is not readable YAML: {error}", where=str(config)) from error
-    except ValueError as error:
-        raise ConfigError(f"gives no valid recipe: {error}", where=str(config)) from error
+    imported = convert(document)
+    check_recipe(imported.recipe, where=f"the recipe that {config} gives")
     if imported.lost and not partial:
         raise ConfigError(
             "does not mean the same as a recipe: " + "; ".join(imported.lost),

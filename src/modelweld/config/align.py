@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modelweld.config.methods import Share, Strict
+from modelweld.config.methods import Share
+from modelweld.config.paths import below
+from modelweld.config.strict import Strict
 
 
 class Rows(Strict):
@@ -60,3 +63,16 @@ class Align(Strict):
         if self.space == "weights" and self.alpha == "auto":
             raise ValueError("alpha: auto weighs weights against activations, and space: weights leaves those out")
         return self
+
+    def rooted(self, root: Path) -> Self:
+        """The same settings with their relative paths taken from `root`; absolute ones and addresses stay."""
+
+        def rows(named: dict[str, Rows] | None) -> dict[str, Rows] | None:
+            return named and {
+                name: entry.model_copy(update={"dataset": below(root, entry.dataset)}) for name, entry in named.items()
+            }
+
+        spec = self.spec and below(root, self.spec)
+        return self.model_copy(
+            update={"spec": spec, "calibration": rows(self.calibration), "validation": rows(self.validation)}
+        )

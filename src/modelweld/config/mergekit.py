@@ -1,12 +1,13 @@
 """mergekit's YAML as a recipe, and everything in it that a recipe cannot say.
 
-imported = convert(yaml.safe_load(text))
+imported = convert(read_yaml(text))
 imported.recipe  # a recipe file's document
 imported.lost    # what would not mean the same; empty when the recipe is faithful
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,19 @@ def convert(document: Any) -> Imported:
             where="slices" if document.get("slices") else "models",
             hint="merge whole models: `models:`",
         )
+    _require_finite(document, "")
     return _Conversion(document, _METHODS[name]).result()
+
+
+def _require_finite(node: Any, where: str) -> None:
+    if isinstance(node, float) and not math.isfinite(node):
+        raise ConfigError(f"Input should be a finite number, not {node}", where=where)
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _require_finite(value, f"{where}.{key}".removeprefix("."))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            _require_finite(value, f"{where}[{number}]")
 
 
 class _Conversion:
@@ -160,7 +173,7 @@ class _Conversion:
         if isinstance(value, list | dict):
             self.lost.append(f"{key}: a value by layer or by tensor ({value!r:.60})")
             return default
-        if value is not None and not isinstance(value, int | float):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{key} is no number: {value!r}", where="parameters")
         return value
 

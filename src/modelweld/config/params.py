@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from modelweld.config.align import Align, Rows
-from modelweld.config.methods import Strict
 from modelweld.config.recipe import AnyRecipe, ExpertEntry, Name, Recipe
 from modelweld.hardware import Request
+from modelweld.config.strict import Strict
 
 
 class Source(Strict):

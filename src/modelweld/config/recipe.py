@@ -5,14 +5,18 @@ The `merge:` section of params.yaml is a recipe whose paths are filled in by the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import Field, TypeAdapter, create_model
 
 from modelweld.config.align import Align
-from modelweld.config.methods import METHODS, MethodParameters, Mudsc, Strict
+from modelweld.config.methods import METHODS, MethodParameters, Mudsc
+from modelweld.config.paths import below
+from modelweld.config.strict import Strict
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
 
 class ExpertEntry(Strict):
@@ -74,6 +78,15 @@ class Recipe(Strict):
         """The method's own parameters, without the rest of the recipe."""
         kind = next(k for k in METHODS if isinstance(self, k))
         return kind.model_validate({name: getattr(self, name) for name in kind.model_fields})
+
+    def rooted(self, root: Path) -> Self:
+        """The same recipe with its relative paths taken from `root`; absolute ones and addresses stay."""
+        models = self.models and {
+            name: entry.model_copy(update={"path": entry.path and below(root, entry.path)})
+            for name, entry in self.models.items()
+        }
+        base, align = self.base and below(root, self.base), self.align and self.align.rooted(root)
+        return self.model_copy(update={"base": base, "models": models, "align": align})
 
     @property
     def method_name(self) -> str:

@@ -14,10 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from modelweld.config import Recipe
-from modelweld.config.recipe import RECIPE_ADAPTER
+from modelweld.config.loading import check_recipe
 from modelweld.engine import (
     Watcher,
     build,
@@ -106,9 +104,5 @@ def candidates(recipe: Recipe, grid: Grid) -> dict[str, Recipe]:
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         key = "_".join(f"{axis}={value}" for axis, value in chosen.items())
-        try:
-            found[key] = RECIPE_ADAPTER.validate_python(recipe.model_dump() | chosen)
-        except ValidationError as error:
-            reasons = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
-            raise ConfigError(f"{key}: {reasons}", where="grid") from error
+        found[key] = check_recipe(recipe.model_dump() | chosen, where=f"--grid, {key}")
     return found

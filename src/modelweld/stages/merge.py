@@ -14,7 +14,6 @@ from typing import Any
 from blake3 import blake3
 
 from modelweld.config import Recipe, load_params, load_recipe
-from modelweld.config.loading import rooted
 from modelweld.engine import (
     Execution,
     Plan,
@@ -137,7 +136,7 @@ def merge(
 
 def merge_pipeline(params_file: Path, root: Path) -> dict[str, Any]:
     """`merge:` of params.yaml over models/, into merged/; the report."""
-    recipe = _rooted(load_params(root / params_file).recipe(), root)
+    recipe = load_params(root / params_file).recipe().rooted(root)
     report = merge(
         recipe,
         root / "merged",
@@ -160,18 +159,12 @@ def merge_baselines(params_file: Path, root: Path) -> dict[str, Any]:
         shutil.rmtree(stale)
     reports = {}
     for name in params.baselines:
-        recipe = _rooted(params.recipe(name), root)
+        recipe = params.recipe(name).rooted(root)
         out = directory / name
         reports[name] = merge(
             recipe, out, _device(), executor=_executor(), staging=_staging(root), card=False
         ).document()
     return reports
-
-
-def _rooted(recipe: Recipe, root: Path) -> Recipe:
-    models = {k: v.model_copy(update={"path": str(root / str(v.path))}) for k, v in (recipe.models or {}).items()}
-    align = rooted(recipe.align, root)
-    return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models, "align": align})
 
 
 def _staging(root: Path) -> Path:

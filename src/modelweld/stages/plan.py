@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from modelweld.config import Recipe, load_params, load_recipe
-from modelweld.config.loading import rooted
+from modelweld.config.loading import is_params
 from modelweld.engine import Inputs, Plan, build, open_inputs, place, refuse_foreign
 from modelweld.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.engine.lane import free_on
 from modelweld.engine.memory import peak_resident, working_bytes
 from modelweld.engine.plan import dtype_name
-from modelweld.errors import ConfigError, DiskFull, MergeError
+from modelweld.errors import DiskFull, MergeError
 from modelweld.stages.sighting import sighted
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ def plan(
     if isinstance(recipe, Recipe):
         return _foresee(recipe, out, device, threads, memory_limit)
     recipe = Path(recipe)
-    if not _is_params(recipe):
+    if not is_params(recipe):
         return _foresee(load_recipe(recipe), out, device, threads, memory_limit)
     with sighted(load_params(recipe), recipe.parent) as sighting:
         merge = _foresee(sighting.recipe, out, device, threads, memory_limit)
@@ -271,35 +270,6 @@ def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory
         seconds=seconds(built, experts, rates, each * processes) + (alignment.seconds if alignment else 0.0),
         alignment=alignment,
     )
-
-
-def recipe_in(file: Path) -> Recipe:
-    """The recipe that a file holds: a recipe file's own, or the `merge:` of a params.yaml whose models are fetched."""
-    if not _is_params(file):
-        return load_recipe(file)
-    recipe, root = load_params(file).recipe(), file.parent
-    models = {name: entry.model_copy(update={"path": str(root / str(entry.path))}) for name, entry in _models(recipe)}
-    missing = [str(entry.path) for entry in models.values() if not Path(str(entry.path)).exists()]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} models are not here yet, first {missing[0]}",
-            where=str(file),
-            hint="bring them: `modelweld pin`, then `dvc repro fetch`",
-        )
-    align = rooted(recipe.align, root)
-    return recipe.model_copy(update={"base": str(root / str(recipe.base)), "models": models, "align": align})
-
-
-def _is_params(file: Path) -> bool:
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return isinstance(document, Mapping) and "merge" in document
-
-
-def _models(recipe: Recipe) -> list[tuple[str, Any]]:
-    return list((recipe.models or {}).items())
 
 
 def _size(size_bytes: float) -> str:

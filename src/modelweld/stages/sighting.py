@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelweld.config import Params, Recipe, Source
-from modelweld.config.loading import rooted
 from modelweld.errors import ConfigError
 from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources.guards import refuse_secrets
@@ -114,5 +113,4 @@ def _placed(recipe: Recipe, paths: Mapping[str, Path], root: Path) -> Recipe:
     models = {
         name: entry.model_copy(update={"path": str(paths[name])}) for name, entry in (recipe.models or {}).items()
     }
-    align = rooted(recipe.align, root)
-    return recipe.model_copy(update={"base": str(paths["base"]), "models": models, "align": align})
+    return recipe.rooted(root).model_copy(update={"base": str(paths["base"]), "models": models})

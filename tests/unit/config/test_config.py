@@ -46,15 +46,15 @@ def test_params_fill_in_the_pipelines_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"merge": {"method": "drm", "drop_rat": 0.5}}, r"merge.drm.drop_rat: unknown key; did you mean 'drop_rate'\?"),
-        ({"merge": {"method": "dmr"}}, r"unknown method 'dmr'; did you mean 'drm'\?"),
-        ({"merge": {"method": "drm", "drop_rate": 1.0}}, "merge.drm.drop_rate: Input should be less than 1"),
+        ({"merge": {"method": "drm", "drop_rat": 0.5}}, r"merge.drop_rat: unknown key; did you mean 'drop_rate'\?"),
+        ({"merge": {"method": "dmr"}}, r"unknown method .dmr.; did you mean 'drm'\?"),
+        ({"merge": {"method": "drm", "drop_rate": 1.0}}, "merge.drop_rate: Input should be less than 1, not 1.0"),
         ({"mrege": {}}, r"mrege: unknown key; did you mean 'merge'\?"),
         ({"models": {"sst2": {"uri": "x"}}}, "models: needs an entry named 'base'"),
         ({"tasks": {"sst2": {"model": "mnli", "dataset": "sst2"}}}, "no expert named 'mnli'"),
         ({"tasks": {"sst2": {"model": "sst2", "dataset": "mnli"}}}, "no dataset named 'mnli'"),
         ({"evaluate": None}, "evaluate: Input should be"),
-        ({"name": "../escape"}, "name: String should match pattern"),
+        ({"name": "../escape"}, "name: .*escape. is no name"),
         ({"baselines": {"flat": {"method": "average", "models": {"mnli": {}}}}}, "baselines.flat.models: no expert"),
     ],
 )
