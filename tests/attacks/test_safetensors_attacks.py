@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,9 +58,81 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "shape whose product overflows": (lambda d: raw(d, header(a=entry(0, 4, [2**62, 2**62])), bytes(4)), "by its"),
     "unknown dtype": (lambda d: raw(d, header(a=entry(0, 4, [1], "PICKLE")), bytes(4)), "unknown dtype"),
     "dtype that is no string": (lambda d: raw(d, header(a={"dtype": 7}), bytes(4)), "unknown dtype"),
+    "dtype that is a list": (lambda d: raw(d, header(a={"dtype": []}), bytes(4)), "unknown dtype"),
+    "shape of 10,000 huge extents": (
+        lambda d: raw(d, header(a=entry(0, 4, [2**62] * 10_000)), bytes(4)),
+        "more than any file has",
+    ),
+    "half of a character in a name": (lambda d: raw(d, header(**{"\ud800": entry(0, 4, [1])}), bytes(4)), "is no name"),
     "entry that is no object": (lambda d: raw(d, header(a=[1, 2]), bytes(4)), "not an object"),
     "no tensors at all": (lambda d: raw(d, b"{}"), "holds no tensors"),
 }
+
+
+def _pickle(directory: Path) -> None:
+    torch.save({"a": torch.ones(4, 4)}, directory / "model.safetensors")
+
+
+def _old_pickle(directory: Path) -> None:
+    torch.save({"a": torch.ones(4)}, directory / "model.safetensors", _use_new_zipfile_serialization=False)
+
+
+OTHER_FILES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 98304\n", "Git LFS pointer"),
+    "web page": (b"\n<!DOCTYPE html><html>" + b"x" * 400, "web page"),
+    "web page without a doctype": (b"\xef\xbb\xbf<HTML><body>" + b"x" * 400, "web page"),
+    "message of a server": (b'{"error": "Repository not found"}', "JSON text"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(100), "GGUF file"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 file"),
+    "gzip": (b"\x1f\x8b\x08\0\0\0\0\xff" + bytes(100), "compressed by gzip"),
+    "torch.save": (_pickle, "zip archive, as torch.save"),
+    "old torch.save": (_old_pickle, "pickle, which can run code"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_another_kind_of_file_is_named_for_what_it_is(tmp_path: Path, kind: str) -> None:
+    content, words = OTHER_FILES[kind]
+    if isinstance(content, bytes):
+        (tmp_path / "model.safetensors").write_bytes(content)
+    else:
+        content(tmp_path)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        Checkpoint.open(tmp_path)
+    assert caught.value.hint
+    assert "header claims" not in caught.value.what
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0", "F8_E5M2FNUZ"])
+def test_a_quantised_dtype_is_named_as_such(tmp_path: Path, dtype: str) -> None:
+    raw(tmp_path, header(a=entry(0, 4, [4], dtype)), bytes(4))
+    with pytest.raises(CheckpointError, match=f"stored as {dtype}, a quantised format") as caught:
+        Checkpoint.open(tmp_path)
+    assert "fetch the file again" not in str(caught.value)
+
+
+def test_a_name_given_twice_among_many_is_found_in_linear_time(tmp_path: Path) -> None:
+    def seconds(count: int) -> float:
+        names = [f'"n{number}":{json.dumps(entry(0, 0, [0]))}' for number in range(count)]
+        raw(tmp_path, ("{" + ",".join([*names, names[-1]]) + "}").encode())
+        started = time.process_time()
+        with pytest.raises(CheckpointError, match=f"names 'n{count - 1}' twice"):
+            Checkpoint.open(tmp_path)
+        return time.process_time() - started
+
+    # Quadratic time would be a factor of 256, and half a minute for the larger one.
+    assert seconds(320_000) < 64 * max(seconds(20_000), 0.05)
+
+
+def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open(tmp_path)
+    os.mkfifo(tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open(tmp_path, allow_pickle=True)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -15,8 +15,8 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.config import Params
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources import changes, fetch, pin, resolve
-from modelweld.sources.peeking import peek
-from modelweld.sources.upstream import open_upstream
+from modelweld.sources.remote_headers import read_remote_headers
+from modelweld.sources.schemes import open_source
 
 
 def run(where: Path, *words: str) -> str:
@@ -173,8 +173,8 @@ def test_dvc_repro_runs_the_stage_and_only_for_what_changed(tmp_path: Path) -> N
 
 def test_headers_are_read_from_a_remote(zoo: Path, tmp_path: Path) -> None:
     run(tmp_path, "git", "clone", "-q", str(zoo), "clone")
-    upstream = open_upstream("dvc://clone@v1:models/a", tmp_path, "models.base.uri")
-    peek(upstream, upstream.resolve().files, tmp_path / "seen")
+    upstream = open_source("dvc://clone@v1:models/a", tmp_path, "models.base.uri")
+    read_remote_headers(upstream, upstream.resolve().files, tmp_path / "seen")
     with Checkpoint.open(tmp_path / "seen") as seen:
         assert seen.tensors["w"].shape == (64, 64)
     assert weights_of(tmp_path / "seen") != expected(tmp_path, 1)

@@ -19,8 +19,8 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.config import Params
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources import Lock, PinnedFile, changes, fetch, pin, resolve
-from modelweld.sources.peeking import peek
-from modelweld.sources.upstream import open_upstream
+from modelweld.sources.remote_headers import read_remote_headers
+from modelweld.sources.schemes import open_source
 
 LFS = (".safetensors", ".bin", ".parquet", ".h5")
 
@@ -351,9 +351,11 @@ def test_shards_come_side_by_side_and_one_bad_shard_fails_the_fetch(hub: Hub, tm
 
 def test_headers_are_read_without_the_weights(hub: Hub, tmp_path: Path) -> None:
     commit = hub.push("models/org/base", repository(rows=400_000))  # 100 MB
-    upstream = open_upstream("hf://org/base@main", tmp_path, "models.base.uri")
+    upstream = open_source("hf://org/base@main", tmp_path, "models.base.uri")
     files = upstream.resolve().files
-    read = peek(upstream, {name: files[name] for name in ("config.json", "model.safetensors")}, tmp_path / "seen")
+    read = read_remote_headers(
+        upstream, {name: files[name] for name in ("config.json", "model.safetensors")}, tmp_path / "seen"
+    )
     assert read < 1 << 17
     path, asked, _ = hub.requests[-1]
     assert path.endswith(f"/resolve/{commit}/model.safetensors")

@@ -351,7 +351,7 @@ class _Reading:
             )
         if found in self.pairs:
             # PEFT stores a copy of an embedding beside the factors that adapt it.
-            unread = self.own.hollow or self.base.hollow
+            unread = self.own.headers_only or self.base.headers_only
             same = unread or tensor_digest(self.own, stored) == tensor_digest(self.base, found)
             if info.dtype != theirs.dtype or not same:
                 raise self._bad(f"adapts {name} and stores another copy of it than the base's", stored)

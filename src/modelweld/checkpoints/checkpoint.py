@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from modelweld.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HOLLOW = ".headers-only"
+HEADERS_ONLY = ".headers-only"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -90,9 +91,9 @@ class Checkpoint:
         return sorted({info.file for info in self.tensors.values()} | set(self._descriptors))
 
     @property
-    def hollow(self) -> bool:
+    def headers_only(self) -> bool:
         """Whether only headers were brought here, so that values mean nothing."""
-        return ((self.path if self.path.is_dir() else self.path.parent) / HOLLOW).is_file()
+        return ((self.path if self.path.is_dir() else self.path.parent) / HEADERS_ONLY).is_file()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -196,9 +197,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _opened(file: Path) -> int:
     try:
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(f"cannot be opened: {error.strerror}", where=str(file)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError("is not a regular file", where=str(file), hint="put the weights there themselves")
+    return descriptor
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from modelweld.checkpoints.foreign import SIGNATURE_BYTES, refuse_foreign
 from modelweld.errors import CheckpointError
 
 # The format's own ceiling (safetensors' Rust reader refuses more).
@@ -35,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Valid in the format, and not weights that can be added: parts of numbers, scaled by other tensors.
+QUANTISED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -66,6 +69,8 @@ def read_header(descriptor: int, file: Path) -> dict[str, TensorInfo]:
     if len(prefix) < LENGTH_BYTES:
         raise _bad(file, f"{size} bytes are too few for a safetensors file", truncated=True)
     length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or length > size - LENGTH_BYTES:
+        refuse_foreign(os.pread(descriptor, SIGNATURE_BYTES, 0), file)
     if length > MAX_HEADER_BYTES:
         raise _bad(file, f"the header claims {length} bytes, more than the format allows ({MAX_HEADER_BYTES})")
     if length > size - LENGTH_BYTES:
@@ -92,11 +97,11 @@ def read_header(descriptor: int, file: Path) -> dict[str, TensorInfo]:
 
 def _parse(raw: bytes, file: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _bad(file, f"the header names {twice!r} twice", tensor=twice)
+        entries: dict[str, Any] = {}
+        for name, entry in pairs:
+            if name in entries:
+                raise _bad(file, f"the header names {name!r:.80} twice", tensor=name)
+            entries[name] = entry
         return entries
 
     if not raw.startswith(b"{"):
@@ -111,22 +116,49 @@ def _parse(raw: bytes, file: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any, file: Path, start: int) -> TensorInfo:
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in name):
+        raise _bad(file, f"{name!r:.80} is no name: it holds half of a character")
     if not isinstance(entry, dict):
         raise _bad(file, f"the header's entry for {name!r} is not an object", tensor=name)
-    dtype = DTYPES.get(entry.get("dtype", ""))
-    if dtype is None:
-        raise _bad(file, f"{name!r} has the unknown dtype {entry.get('dtype')!r}", tensor=name)
+    dtype = _dtype(name, entry.get("dtype"), file)
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not all(_is_size(extent) for extent in shape):
         raise _bad(file, f"{name!r} has no sensible shape: {shape!r:.80}", tensor=name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
         raise _bad(file, f"{name!r} has no sensible data_offsets: {offsets!r:.80}", tensor=name)
     begin, end = offsets
-    expected = math.prod(shape) * dtype.itemsize
+    expected = _bytes_of(shape, dtype.itemsize)
+    if expected is None:
+        message = f"{name!r} takes {end - begin} bytes by its offsets, more than any file has by its dtype and shape"
+        raise _bad(file, message, tensor=name)
     if end - begin != expected:
         message = f"{name!r} takes {end - begin} bytes by its offsets, {expected} by its dtype and shape"
         raise _bad(file, message, tensor=name)
     return TensorInfo(name, dtype, tuple(shape), file, start + begin, expected)
+
+
+def _dtype(name: str, stored: Any, file: Path) -> torch.dtype:
+    if isinstance(stored, str) and stored in QUANTISED:
+        raise CheckpointError(
+            f"{name!r} is stored as {stored}, a quantised format that cannot be merged",
+            where=f"{file}, tensor {name}",
+            hint="merge the weights from before the quantisation, or dequantise them to bfloat16 first",
+        )
+    if not isinstance(stored, str) or stored not in DTYPES:
+        raise _bad(file, f"{name!r} has the unknown dtype {stored!r:.80}", tensor=name)
+    return DTYPES[stored]
+
+
+def _bytes_of(shape: list[int], itemsize: int) -> int | None:
+    """The bytes of a tensor; None for more than a file can have, before the product takes long to compute."""
+    if 0 in shape:
+        return 0
+    total = itemsize
+    for extent in shape:
+        total *= extent
+        if total >= 2**63:
+            return None
+    return total
 
 
 def _is_size(value: Any) -> bool:

@@ -14,6 +14,8 @@ def load_pickles(files: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
     """Every tensor of the files with the file it came from; code in a pickle is refused, never run."""
     tensors: dict[str, tuple[Path, torch.Tensor]] = {}
     for file in files:
+        if not file.is_file():  # reading a named pipe would wait for its writer
+            raise CheckpointError("is missing, or not a regular file", where=str(file))
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -9,7 +9,7 @@ says where relative paths start, `explaining` puts what pydantic found into the 
 """
 
 from modelweld.config.loading import json_schema, load_params, load_recipe, load_recipe_or_params
-from modelweld.config.params import Evaluate, Params, Register, Source, Task, Validate
+from modelweld.config.params import Evaluate, Params, Register, SourceEntry, Task, Validate
 from modelweld.config.recipe import ExpertEntry, Output, Recipe, Rule, Selector
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "Register",
     "Rule",
     "Selector",
-    "Source",
+    "SourceEntry",
     "Task",
     "Validate",
     "json_schema",

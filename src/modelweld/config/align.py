@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from modelweld.config.addresses import below
 from modelweld.config.methods import Share
-from modelweld.config.paths import below
 from modelweld.config.strict import Strict
 
 

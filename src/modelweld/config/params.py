@@ -12,7 +12,7 @@ from modelweld.hardware import Request
 from modelweld.config.strict import Strict
 
 
-class Source(Strict):
+class SourceEntry(Strict):
     """Where something comes from: `hf://org/name@rev`, `models:/name@alias`, `s3://…` (any fsspec URL), or a path."""
 
     uri: str
@@ -77,8 +77,8 @@ class Params(Strict):
     """The whole of params.yaml. DVC reads it too: a section that a stage depends on has to stand there, if only {}."""
 
     name: Name
-    models: dict[Name, Source]
-    datasets: dict[Name, Source]
+    models: dict[Name, SourceEntry]
+    datasets: dict[Name, SourceEntry]
     tasks: dict[Name, Task]
     validate_: Validate = Field(alias="validate")
     merge: AnyRecipe

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import Field, TypeAdapter, create_model
 
+from modelweld.config.addresses import below
 from modelweld.config.align import Align
 from modelweld.config.methods import METHODS, MethodParameters, Mudsc
-from modelweld.config.paths import below
 from modelweld.config.strict import Strict
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"

@@ -408,7 +408,12 @@ def _notes(inputs: Inputs, tensors: list[TensorPlan]) -> tuple[str, ...]:
     notes = []
     matrices = {t.name for t in tensors if t.parameters and method(t.parameters.method).whole_matrix}
     for expert in inputs.experts:
-        if inputs.base is None or expert.adapter is not None or inputs.base.hollow or expert.checkpoint.hollow:
+        if (
+            inputs.base is None
+            or expert.adapter is not None
+            or inputs.base.headers_only
+            or expert.checkpoint.headers_only
+        ):
             continue
         names = {name: stored for name, stored in expert.alignment.names.items() if name in matrices}
         rank = folded_rank(inputs.base, expert.checkpoint, names)

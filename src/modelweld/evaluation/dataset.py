@@ -12,6 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from modelweld.config.addresses import hub_repository
 from modelweld.errors import ConfigError, ExternalError, InputError, SourceError, SourceUnavailable
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -53,8 +54,8 @@ def read_set(source: str, split: str, text: str, label: str) -> EvaluationSet:
     elif path.is_dir():
         file = _split_file(path, split)
         rows, where = _read_file(file), str(file)
-    elif source.startswith("hf://"):
-        rows, where = _read_hub(source, split), f"{source} [{split}]"
+    elif repository := hub_repository(source):
+        rows, where = _read_hub(source, *repository, split), f"{source} [{split}]"
     else:
         raise SourceError(
             "no such folder or file", where=source, hint="a local path, or hf://org/name@revision for a set of the Hub"
@@ -108,16 +109,15 @@ def _read_file(path: Path) -> Any:
             raise InputError(f"no rows: {error}", where=str(path), hint="an evaluation needs rows") from error
 
 
-def _read_hub(source: str, split: str) -> Any:
+def _read_hub(source: str, name: str, revision: str | None, split: str) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
 
-    name, _, revision = source.removeprefix("hf://").removeprefix("datasets/").partition("@")
     hint = "copy the set to a local folder, or try again when the Hub can be reached"
     with _quiet():
         try:
-            return load_dataset(name, split=split, revision=revision or None)
+            return load_dataset(name, split=split, revision=revision)
         except DatasetNotFoundError as error:
             raise SourceError(
                 f"no such set on the Hub: {error}", where=source, hint="a local path, or hf://org/name@revision"

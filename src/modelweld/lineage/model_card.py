@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from modelweld.config.addresses import hub_repository, scheme_of
+
 _TEMPLATE = """\
 ---
 {{ front_matter }}---
@@ -113,15 +115,15 @@ def _parents(manifest: Mapping[str, Any]) -> list[list[str]]:
         weight = str(entry["weight"]) if role == "expert" else "–"
         # A local path says where one machine kept the model: not for a published card.
         uri = str(source.get("uri") or "")
-        shown = uri if "://" in uri or uri.startswith("models:/") else "local"
+        shown = uri if scheme_of(uri) else "local"
         cells = [label, role, weight, entry.get("head") or "–", shown, source.get("revision") or "–"]
         rows.append([str(cell).replace("|", "\\|") for cell in [*cells, source.get("licence") or "unknown"]])
     return rows
 
 
 def _public_name(label: str, entry: Mapping[str, Any]) -> str:
-    uri = str((entry["source"] or {}).get("uri") or "")
-    return uri.removeprefix("hf://").split("@")[0] if uri.startswith("hf://") else label
+    found = hub_repository(str((entry["source"] or {}).get("uri") or ""))
+    return found[0] if found else label
 
 
 def _treatment(manifest: Mapping[str, Any]) -> list[str]:

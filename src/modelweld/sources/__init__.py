@@ -1,9 +1,9 @@
 """Where models and data come from: pinned once to something immutable, then fetched exactly as pinned.
 
-`lock` is sources.lock.json; `pinning` resolves params.yaml into it; `fetching` brings one entry of it onto the disk.
-`upstream` says what every kind of source can do, and `local`, `hub`, `url`, `mlflow_models` and `dvc_repo` do it, one
-kind of URI each. `selection` decides which of a source's files matter, `peeking` looks at the headers of weights where
-they are, `guards` refuses unsafe names and addresses.
+`lock` is sources.lock.json; `pinning` resolves params.yaml into it; `fetching` puts the files of one entry on the disk.
+`source` says what every kind of source can do; `local`, `hub`, `url`, `mlflow_models` and `dvc_repo` do it, one kind of
+address each; `schemes` is the table of kinds. `selection` decides which of a source's files are fetched,
+`remote_headers` reads the headers of weights that are not fetched, `refusals` refuses unsafe names and addresses.
 
     lock = pin(load_params(), Path(), previous=read_lock(Path("sources.lock.json")))
     fetch(lock.pinned["model-base"], Path("models/base"), project_root=Path())

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from modelweld.errors import SourceError, SourceUnavailable
-from modelweld.sources.upstream import BLOCK_BYTES, Listed, Listing, Upstream
+from modelweld.sources.refusals import first_line
+from modelweld.sources.source import BLOCK_BYTES, Listed, Listing, Source
 
 # The repository may hold an @ (git@host:org/repo), so the last one counts; a git revision holds neither @ nor colon.
 _ADDRESS = re.compile(r"^dvc://(?P<repo>.*)@(?P<rev>[^@:]+):(?P<path>[^@]+)$")
 
 
-class DvcPath(Upstream):
+class DvcPath(Source):
     """`dvc://repo@rev:path`: `repo` is a git URL or a directory, a relative one taken from the project's root."""
 
     def __init__(self, address: str, project_root: Path, where: str) -> None:
-        super().__init__(address, where)
+        super().__init__(address, project_root, where)
         parts = _ADDRESS.match(address)
         if parts is None:
             raise SourceError(f"{address} is not dvc://repo@rev:path", where=where, hint="dvc://../zoo@v1:models/a")
@@ -75,23 +76,23 @@ class DvcPath(Upstream):
         try:
             yield
         except RevError as error:
-            raise self.gone(f"{self._repo or '.'} has no revision {self._rev!r}") from error
+            raise self.not_found(f"{self._repo or '.'} has no revision {self._rev!r}") from error
         except CloneError as error:
             raise SourceUnavailable(
-                f"{self._repo} cannot be cloned: {error}",
+                f"{self._repo} cannot be cloned: {first_line(error)}",
                 where=self.where,
                 hint="check the address, the network, and that git may read it without asking",
             ) from error
         except (FileNotFoundError, DataIndexDirError) as error:
-            raise self.gone(
+            raise self.not_found(
                 f"{self._path} is not in {self._repo or '.'} at {self._rev}, or its data is in no remote",
                 "check the path with `dvc list`, and `dvc push` in that project",
             ) from error
         except (DvcException, SCMError) as error:
-            raise self.gone(f"{self._repo or '.'}: {error}") from error
+            raise self.not_found(f"{self._repo or '.'}: {first_line(error)}") from error
         except (ConnectionError, TimeoutError) as error:
             raise SourceUnavailable(
-                f"the DVC remote of {self._repo} did not answer: {error}",
+                f"the DVC remote of {self._repo} did not answer: {first_line(error)}",
                 where=self.where,
                 hint="check the network, then run it again: it goes on where it stopped",
             ) from error

@@ -16,18 +16,19 @@ from threading import Event
 from filelock import FileLock
 
 from modelweld.errors import DiskFull, SourceError, WorkspaceError
-from modelweld.sources.guards import safe_name
 from modelweld.sources.lock import Pinned, PinnedFile
 from modelweld.sources.progress import Report, byte_progress
+from modelweld.sources.refusals import refuse_secrets, safe_name
+from modelweld.sources.schemes import open_source
 from modelweld.sources.selection import PICKLE_SUFFIXES
-from modelweld.sources.upstream import BLOCK_BYTES, Listed, Upstream, open_upstream
+from modelweld.sources.source import BLOCK_BYTES, Listed, Source
 
 STAGING = Path(".modelweld/staging")
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a fetch did: bytes that came over, and bytes that an interrupted fetch had already brought."""
+    """What a fetch did: bytes that were transferred, and bytes that an interrupted fetch had left in staging."""
 
     files: int
     size_bytes: int
@@ -36,15 +37,16 @@ class Fetched:
 
 
 def fetch(entry: Pinned, destination: Path, project_root: Path) -> Fetched:
-    """Bring the files of `entry`, and only those, to `destination`, which appears whole or not at all.
+    """Put the files of `entry`, and only those, into `destination`, which appears whole or not at all.
 
     Files arrive in a staging directory under `project_root`; a later fetch of the same entry goes on with what is
     there. A digest that differs from the lock is a SourceError: nothing of that file is kept. Pickled weights are
     rewritten as safetensors. Relative addresses of the lock are taken from `project_root`.
     """
+    refuse_secrets(entry.resolved, entry.key)
     for name in entry.files:
         safe_name(name, entry.key)
-    upstream = open_upstream(entry.resolved, project_root, entry.key)
+    source = open_source(entry.resolved, project_root, entry.key)
     with _disk_trouble(entry, destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = _staging(entry, destination, project_root)
@@ -53,8 +55,8 @@ def fetch(entry: Pinned, destination: Path, project_root: Path) -> Fetched:
             staging.mkdir(exist_ok=True)
             _check_space(entry, staging)
             with byte_progress(f"fetch {entry.key}", entry.size_bytes) as report:
-                transferred = _bring_all(upstream, staging, entry, report)
-            _remove_strangers(staging, entry)
+                transferred = _download_all(source, staging, entry, report)
+            _remove_unexpected(staging, entry)
             _rewrite_pickles(entry, staging)
             _publish(staging, destination)
     return Fetched(
@@ -66,7 +68,7 @@ def fetch(entry: Pinned, destination: Path, project_root: Path) -> Fetched:
 
 
 def _staging(entry: Pinned, destination: Path, project_root: Path) -> Path:
-    """One directory an entry's content: another pin of the same name never goes on with this one's bytes."""
+    """One directory per entry's content: another pin of the same name never continues with these bytes."""
     document = entry.model_dump_json(include={"resolved", "revision", "files"})
     name = f"fetch-{entry.key}-{hashlib.sha256(document.encode()).hexdigest()[:16]}"
     shared = project_root / STAGING
@@ -76,7 +78,7 @@ def _staging(entry: Pinned, destination: Path, project_root: Path) -> Path:
     return (shared if same_device else destination.parent) / (name if same_device else f".{name}")
 
 
-def _bring_all(upstream: Upstream, staging: Path, entry: Pinned, report: Report) -> int:
+def _download_all(source: Source, staging: Path, entry: Pinned, report: Report) -> int:
     """How many bytes were read from the upstream until every staged file is the pinned one."""
     stopped = Event()
 
@@ -85,13 +87,13 @@ def _bring_all(upstream: Upstream, staging: Path, entry: Pinned, report: Report)
             raise _Stopped
         report(count)
 
-    with ThreadPoolExecutor(max_workers=upstream.streams, thread_name_prefix="fetch") as pool:
+    with ThreadPoolExecutor(max_workers=source.streams, thread_name_prefix="fetch") as pool:
         tasks = [
-            pool.submit(_bring, upstream, staging, name, file, entry, report_unless_stopped)
+            pool.submit(_download, source, staging, name, file, entry, report_unless_stopped)
             for name, file in sorted(entry.files.items())
         ]
         try:
-            # As they finish, so that the first failure is the one that is told, and ends the others.
+            # As they finish, so that the first failure is the one reported, and stops the others.
             return sum(task.result() for task in as_completed(tasks))
         except BaseException:
             stopped.set()
@@ -103,7 +105,7 @@ class _Stopped(Exception):
     """Another file failed, or the user interrupted: this one stops at its next block."""
 
 
-def _bring(upstream: Upstream, staging: Path, name: str, file: PinnedFile, entry: Pinned, report: Report) -> int:
+def _download(source: Source, staging: Path, name: str, file: PinnedFile, entry: Pinned, report: Report) -> int:
     """How many bytes were read from the upstream until the staged file is the pinned one."""
     path = staging / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,13 +113,13 @@ def _bring(upstream: Upstream, staging: Path, name: str, file: PinnedFile, entry
     report(have)
     if have == file.size_bytes and digest.hexdigest() == file.sha256 and path.exists():
         return 0
-    transferred = _stream(upstream, path, name, file, have, digest, report)
+    transferred = _stream(source, path, name, file, have, digest, report)
     if have and digest.hexdigest() != file.sha256:
         # What an interrupted fetch left may be damaged (a power cut leaves zeros); from the start it must fit.
         path.unlink()
         report(-have - transferred)
         have, digest = 0, hashlib.sha256()
-        transferred = _stream(upstream, path, name, file, 0, digest, report)
+        transferred = _stream(source, path, name, file, 0, digest, report)
     if digest.hexdigest() != file.sha256:
         path.unlink()
         raise SourceError(
@@ -130,7 +132,7 @@ def _bring(upstream: Upstream, staging: Path, name: str, file: PinnedFile, entry
 
 
 def _already(path: Path, file: PinnedFile) -> tuple[int, hashlib._Hash]:
-    """How much of the file is staged, and the running digest of that; a longer file is somebody else's."""
+    """How much of the file is staged, and the running digest of that; a longer file is not this one."""
     digest = hashlib.sha256()
     if path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_size > file.size_bytes)):
         raise SourceError(f"{path} is not what a fetch left there", where=path.name, hint=f"remove {path}")
@@ -148,13 +150,13 @@ def _already(path: Path, file: PinnedFile) -> tuple[int, hashlib._Hash]:
 
 
 def _stream(
-    upstream: Upstream, path: Path, name: str, file: PinnedFile, offset: int, digest: hashlib._Hash, report: Report
+    source: Source, path: Path, name: str, file: PinnedFile, offset: int, digest: hashlib._Hash, report: Report
 ) -> int:
     transferred = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     with os.fdopen(descriptor, "ab") as stream:
         listed = Listed(file.size_bytes, file.sha256, file.version)
-        for block in upstream.read(name, listed, offset):
+        for block in source.read(name, listed, offset):
             digest.update(block)
             stream.write(block)
             transferred += len(block)
@@ -164,7 +166,7 @@ def _stream(
     return transferred
 
 
-def _remove_strangers(staging: Path, entry: Pinned) -> None:
+def _remove_unexpected(staging: Path, entry: Pinned) -> None:
     for path in sorted(staging.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):

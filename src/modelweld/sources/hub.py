@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, hf_hub_url
@@ -23,20 +24,21 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources.licence import licence_of
-from modelweld.sources.retrying import patiently, resuming, without
-from modelweld.sources.upstream import STREAM_BYTES, Listed, Listing, Upstream, first_bytes
+from modelweld.sources.refusals import first_line
+from modelweld.sources.retrying import resuming, skip_prefix, with_retries
+from modelweld.sources.source import STREAM_BYTES, Listed, Listing, Source, first_bytes
 
 _TIMEOUT_S = 30.0
-_TOKEN_MEND = "check the name; a private or gated repository needs HF_TOKEN in the environment"  # noqa: S105
+_TOKEN_HINT = "check the name; a private or gated repository needs HF_TOKEN in the environment"  # noqa: S105
 
 
-class HubRepository(Upstream):
+class HubRepository(Source):
     """`hf://org/name@revision` or `hf://datasets/org/name@revision`, optionally with a folder or file after it."""
 
     streams = 4
 
-    def __init__(self, address: str, where: str) -> None:
-        super().__init__(address, where)
+    def __init__(self, address: str, project_root: Path, where: str) -> None:
+        super().__init__(address, project_root, where)
         try:
             self._uri = parse_hf_uri(address)
         except HfUriError as error:
@@ -54,11 +56,11 @@ class HubRepository(Upstream):
         uri = self._uri
         ask = api.model_info if uri.type == "model" else api.dataset_info
         with self._explained():
-            info = patiently(
+            info = with_retries(
                 lambda: ask(uri.id, revision=uri.revision, files_metadata=True, timeout=_TIMEOUT_S), _is_transient
             )
         if not info.sha:
-            raise self.gone(f"{uri.id} names no commit")
+            raise self.not_found(f"{uri.id} names no commit")
         # A branch may move between the listing and the reading: from here on only the commit is asked for.
         self._revision = info.sha
         below = f"{uri.path_in_repo}/" if uri.path_in_repo else ""
@@ -75,7 +77,7 @@ class HubRepository(Upstream):
                 files = {name.removeprefix(below): files[name.removeprefix(below)]}
                 break
         if not files:
-            raise self.gone(f"{uri.path_in_repo or uri.id} holds no files at {info.sha[:12]}")
+            raise self.not_found(f"{uri.path_in_repo or uri.id} holds no files at {info.sha[:12]}")
         folder = "datasets/" if uri.type == "dataset" else ""
         tail = f"/{uri.path_in_repo}" if uri.path_in_repo else ""
         return Listing(
@@ -115,7 +117,7 @@ class HubRepository(Upstream):
             ) as response:
                 hf_raise_for_status(response)
                 blocks = response.iter_bytes(STREAM_BYTES)
-                yield from without(0 if response.status_code == HTTPStatus.PARTIAL_CONTENT else start, blocks)
+                yield from skip_prefix(0 if response.status_code == HTTPStatus.PARTIAL_CONTENT else start, blocks)
 
         if offset < listed.size_bytes:
             with self._explained():
@@ -130,25 +132,25 @@ class HubRepository(Upstream):
                 "the Hub is switched off", where=self.where, hint="unset HF_HUB_OFFLINE, or use a local path"
             ) from error
         except RevisionNotFoundError as error:
-            raise self.gone(f"{self._uri.id} has no revision {self._uri.revision!r}") from error
+            raise self.not_found(f"{self._uri.id} has no revision {self._uri.revision!r}") from error
         except GatedRepoError as error:
-            raise self.gone(
+            raise self.not_found(
                 f"{self._uri.id} is gated", "accept its terms on the Hub and set HF_TOKEN in the environment"
             ) from error
         except RepositoryNotFoundError as error:
-            raise self.gone(f"no {self._uri.type} {self._uri.id} on the Hub", _TOKEN_MEND) from error
+            raise self.not_found(f"no {self._uri.type} {self._uri.id} on the Hub", _TOKEN_HINT) from error
         except HFValidationError as error:
-            raise self.gone(str(error)) from error
+            raise self.not_found(str(error)) from error
         except HfHubHTTPError as error:
             if _is_transient(error):
                 raise self._unavailable(error) from error
-            raise self.gone(f"the Hub refused: {_first_line(error)}", _TOKEN_MEND) from error
+            raise self.not_found(f"the Hub refused: {first_line(error)}", _TOKEN_HINT) from error
         except httpx2.HTTPError as error:
             raise self._unavailable(error) from error
 
     def _unavailable(self, error: Exception) -> SourceUnavailable:
         return SourceUnavailable(
-            f"the Hub did not answer: {_first_line(error)}",
+            f"the Hub did not answer: {first_line(error)}",
             where=f"{self.where} ({self.address})",
             hint="check the network and HF_ENDPOINT, then run it again: it goes on where it stopped",
         )
@@ -159,7 +161,3 @@ def _is_transient(error: BaseException) -> bool:
         status = error.response.status_code
         return status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500
     return isinstance(error, httpx2.TransportError)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

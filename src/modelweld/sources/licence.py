@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from modelweld.errors import SourceError
-from modelweld.sources.upstream import Listed, Upstream
+from modelweld.sources.source import Listed, Source
 
 _CARD_BYTES = 2**20
 
 
-def card_licence(upstream: Upstream, files: Mapping[str, Listed]) -> str | None:
+def card_licence(source: Source, files: Mapping[str, Listed]) -> str | None:
     """The `license:` in the front matter of the source's README.md, or None when there is no such thing."""
     listed = files.get("README.md")
     if listed is None or listed.size_bytes > _CARD_BYTES:
@@ -21,12 +21,12 @@ def card_licence(upstream: Upstream, files: Mapping[str, Listed]) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        text = b"".join(upstream.read("README.md", listed)).decode("utf-8-sig")
+        text = b"".join(source.read("README.md", listed)).decode("utf-8-sig")
         return licence_of(ModelCard(text).data.to_dict())  # type: ignore[no-untyped-call]
     except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise SourceError(
             f"README.md is not a readable model card: {error}",
-            where=upstream.where,
+            where=source.where,
             hint="fix its front matter, or name the `licence:` in params.yaml",
         ) from error
 

@@ -8,22 +8,22 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from modelweld.sources.upstream import BLOCK_BYTES, Listed, Listing, Upstream
+from modelweld.config.addresses import expanded, scheme_of
+from modelweld.sources.source import BLOCK_BYTES, Listed, Listing, Source
 
 
-class LocalPath(Upstream):
+class LocalPath(Source):
     """Files under a path, hidden ones left out. There is no revision: the digests are what pins it."""
 
     def __init__(self, address: str, project_root: Path, where: str) -> None:
-        super().__init__(address, where)
-        self._project_root = project_root.absolute()
-        path = unquote(urlsplit(address).path) if "://" in address else address
-        self._root = (self._project_root / Path(path).expanduser()).resolve()
+        super().__init__(address, project_root, where)
+        path = unquote(urlsplit(address).path) if scheme_of(address) else address
+        self._root = (self.project_root / expanded(path)).resolve()
 
     @property
-    def path(self) -> Path:
-        """Where it is."""
-        return self._root
+    def directory(self) -> Path | None:
+        """The directory itself; None for a single file."""
+        return self._root if self._root.is_dir() else None
 
     def resolve(self) -> Listing:
         """Every regular file below the path; symbolic links that lead elsewhere are refused."""
@@ -32,8 +32,10 @@ class LocalPath(Upstream):
         elif self._root.is_dir():
             files = dict(self._walk(self._root))
         else:
-            raise self.gone(f"no such file or directory: {self._root}", "relative paths start at the project's root")
-        project_root = self._project_root.resolve()
+            raise self.not_found(
+                f"no such file or directory: {self._root}", "relative paths start at the project's root"
+            )
+        project_root = self.project_root.resolve()
         inside = self._root.is_relative_to(project_root)
         resolved = self._root.relative_to(project_root).as_posix() if inside else self._root.as_posix()
         return Listing(resolved=resolved, revision=None, files=files)
@@ -43,17 +45,17 @@ class LocalPath(Upstream):
         path = self._root if self._root.is_file() else self._root / name
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-                raise self.gone(f"{path} is no longer a file", "put it back, or run `modelweld pin`")
+                raise self.not_found(f"{path} is no longer a file", "put it back, or run `modelweld pin`")
             with path.open("rb") as stream:
                 stream.seek(offset)
                 while block := stream.read(BLOCK_BYTES):
                     yield block
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise self.gone(f"no such file: {path}", "put it back, or run `modelweld pin` to pin what is there") from (
-                error
-            )
+            raise self.not_found(
+                f"no such file: {path}", "put it back, or run `modelweld pin` to pin what is there"
+            ) from (error)
         except PermissionError as error:
-            raise self.gone(f"not readable: {path}", "give this user the right to read it") from error
+            raise self.not_found(f"not readable: {path}", "give this user the right to read it") from error
 
     def _walk(self, directory: Path) -> Iterator[tuple[str, Listed]]:
         for entry in sorted(os.scandir(directory), key=lambda item: item.name):
@@ -69,19 +71,19 @@ class LocalPath(Upstream):
             elif stat.S_ISREG(mode):
                 yield name, Listed(path.stat().st_size)
             else:
-                raise self.gone(f"{name} is neither a file nor a directory", "take it out of the directory")
+                raise self.not_found(f"{name} is neither a file nor a directory", "take it out of the directory")
 
     def _stat(self, path: Path, name: str) -> os.stat_result:
         try:
             return path.stat()
         except FileNotFoundError as error:
-            raise self.gone(f"{name} is a broken symbolic link", "remove it, or put its target back") from error
+            raise self.not_found(f"{name} is a broken symbolic link", "remove it, or put its target back") from error
 
     def _check_link(self, path: Path, name: str) -> None:
         # A directory behind a link could hold the link itself, so only files are followed.
         target = path.resolve()
         if not target.is_relative_to(self._root) or target.is_dir():
-            raise self.gone(
+            raise self.not_found(
                 f"{name} is a symbolic link that leaves the directory (to {target})"
                 if not target.is_dir()
                 else f"{name} is a symbolic link to a directory",

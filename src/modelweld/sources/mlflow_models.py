@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from modelweld.errors import SourceError, SourceUnavailable
 from modelweld.sources.dvc_repo import DvcPath
 from modelweld.sources.local import LocalPath
-from modelweld.sources.upstream import BLOCK_BYTES, Listed, Listing, Upstream
+from modelweld.sources.refusals import first_line, refuse_secrets
+from modelweld.sources.source import BLOCK_BYTES, Listed, Listing, Source
 
 _ADDRESS = re.compile(r"^models:/(?P<name>[^@]+?)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 # modelweld registers a version by pointer: these tags say where its weights are.
@@ -25,7 +26,7 @@ _MISSING = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT
 _REFUSED = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED"})
 
 
-class MlflowModel(Upstream):
+class MlflowModel(Source):
     """`models:/name@alias` or `models:/name/3` of the server at MLFLOW_TRACKING_URI (default: the project's mlflow.db).
 
     A version that holds a Hugging Face directory somewhere inside (MLflow's transformers flavour keeps it in `model/`,
@@ -34,15 +35,14 @@ class MlflowModel(Upstream):
     """
 
     def __init__(self, address: str, project_root: Path, where: str) -> None:
-        super().__init__(address, where)
+        super().__init__(address, project_root, where)
         parts = _ADDRESS.match(address)
         if parts is None:
             raise SourceError(f"{address} names no version", where=where, hint="models:/name@alias or models:/name/3")
         self._name, self._alias, self._number = parts["name"], parts["alias"], parts["version"]
-        self._project_root = project_root.absolute()
 
     @property
-    def in_parts(self) -> bool:
+    def supports_range_reads(self) -> bool:
         """MLflow hands over whole artifacts, unless they lie on this machine or a pointer leads elsewhere."""
         return self._pointed is not None or isinstance(self._artifacts, LocalPath)
 
@@ -73,7 +73,7 @@ class MlflowModel(Upstream):
         with self._explained():
             artifact = self._artifact(name)
             # The system's temporary directory may be a small one in memory; the project's disk has room for weights.
-            staging = self._project_root / ".modelweld/staging"
+            staging = self.project_root / ".modelweld/staging"
             staging.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="mlflow-", dir=staging) as folder:
                 path = Path(self._artifacts.download_artifacts(artifact, folder))
@@ -85,7 +85,7 @@ class MlflowModel(Upstream):
     @property
     def _tracking_uri(self) -> str:
         named = os.environ.get("MLFLOW_TRACKING_URI")
-        database = self._project_root / "mlflow.db"
+        database = self.project_root / "mlflow.db"
         if not named and not database.exists():
             raise SourceError(
                 "there is no MLflow here",
@@ -115,7 +115,7 @@ class MlflowModel(Upstream):
 
         location = self._client.get_model_version_download_uri(self._name, self._version.version)
         if urlsplit(location).scheme in ("", "file"):
-            return LocalPath(location, self._project_root, self.where)
+            return LocalPath(location, self.project_root, self.where)
         return get_artifact_repository(location, tracking_uri=self._tracking_uri)
 
     @cached_property
@@ -128,7 +128,7 @@ class MlflowModel(Upstream):
         holders = sorted({str(PurePosixPath(name).parent) for name in sizes}, key=lambda folder: (len(folder), folder))
         homes = [folder for folder in holders if _join(folder, "config.json") in sizes]
         if not homes:
-            raise self.gone(
+            raise self.not_found(
                 f"{self._name} version {self._version.version} holds no Hugging Face directory (no config.json)",
                 "register it with mlflow.transformers.log_model, or log the directory as artifacts",
             )
@@ -144,7 +144,7 @@ class MlflowModel(Upstream):
 
     def _artifact(self, name: str) -> str:
         if name not in self._layout:
-            raise self.gone(f"{name} is no longer in {self.address}")
+            raise self.not_found(f"{name} is no longer in {self.address}")
         return self._layout[name][0]
 
     @cached_property
@@ -155,7 +155,8 @@ class MlflowModel(Upstream):
         repo = tags.get(f"{_POINTER}repo", "")
         place = repo if Path(repo).is_dir() else tags.get(f"{_POINTER}url") or repo
         address = f"dvc://{place}@{tags.get(f'{_POINTER}rev')}:{tags[f'{_POINTER}path']}"
-        return DvcPath(address, self._project_root, self.where)
+        refuse_secrets(address, self.where)
+        return DvcPath(address, self.project_root, self.where)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -164,14 +165,14 @@ class MlflowModel(Upstream):
         try:
             yield
         except MlflowException as error:
-            first = str(error).splitlines()[0]
+            first = first_line(error)
             if error.error_code in _MISSING:
-                raise self.gone(
+                raise self.not_found(
                     f"not in the registry: {first}",
                     "the Models page of the MLflow server lists names, versions and aliases",
                 ) from (error)
             if error.error_code in _REFUSED:
-                raise self.gone(
+                raise self.not_found(
                     f"MLflow refused: {first}", "set MLFLOW_TRACKING_TOKEN, or user and password, in the environment"
                 ) from error
             raise SourceUnavailable(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from modelweld.config import Params, Source
-from modelweld.sources.guards import refuse_secrets, safe_name
+from modelweld.config import Params, SourceEntry
 from modelweld.sources.licence import card_licence
 from modelweld.sources.lock import LOCK_NAME, Kind, Lock, Pinned, PinnedFile, write_lock
 from modelweld.sources.progress import Report, byte_progress
+from modelweld.sources.refusals import refuse_secrets, safe_name
+from modelweld.sources.schemes import open_source
 from modelweld.sources.selection import select
-from modelweld.sources.upstream import Listed, Upstream, open_upstream
+from modelweld.sources.source import Listed, Source
 
 
 def pin(params: Params, project_root: Path, previous: Lock | None = None) -> Lock:
@@ -29,7 +30,7 @@ def resolve(params: Params, project_root: Path, previous: Lock | None = None) ->
     runs at a gigabyte a second, and a date or a size is no proof.
     """
     known = previous.pinned if previous else {}
-    wanted: list[tuple[Kind, str, Source]] = [("model", name, source) for name, source in params.models.items()]
+    wanted: list[tuple[Kind, str, SourceEntry]] = [("model", name, source) for name, source in params.models.items()]
     wanted += [("dataset", name, source) for name, source in params.datasets.items()]
     pinned = {}
     for kind, name, source in wanted:
@@ -40,14 +41,14 @@ def resolve(params: Params, project_root: Path, previous: Lock | None = None) ->
     return Lock(pinned=pinned)
 
 
-def _resolve_one(kind: Kind, name: str, source: Source, project_root: Path, known: Pinned | None) -> Pinned:
+def _resolve_one(kind: Kind, name: str, wanted: SourceEntry, project_root: Path, known: Pinned | None) -> Pinned:
     where = f"{kind}s.{name}"
-    upstream = open_upstream(source.uri, project_root, f"{where}.uri")
-    listing = upstream.resolve()
+    source = open_source(wanted.uri, project_root, f"{where}.uri")
+    listing = source.resolve()
     refuse_secrets(listing.resolved, f"{where}.uri")
     for file in listing.files:
         safe_name(file, where)
-    selection = select(listing.files, kind, source.allow_pickle, where)
+    selection = select(listing.files, kind, wanted.allow_pickle, where)
     listed = {file: listing.files[file] for file in selection.wanted}
     unchanged = (
         known is not None
@@ -56,33 +57,33 @@ def _resolve_one(kind: Kind, name: str, source: Source, project_root: Path, know
         and {file: entry.size_bytes for file, entry in known.files.items()}
         == {file: entry.size_bytes for file, entry in listed.items()}
     )
-    files = known.files if known and unchanged else _digests(upstream, listed, f"pin {kind}-{name}")
+    files = known.files if known and unchanged else _digests(source, listed, f"pin {kind}-{name}")
     return Pinned(
         kind=kind,
         name=name,
-        uri=source.uri,
+        uri=wanted.uri,
         resolved=listing.resolved,
         revision=listing.revision,
-        licence=source.licence or listing.licence or card_licence(upstream, listing.files),
-        allow_pickle=source.allow_pickle,
+        licence=wanted.licence or listing.licence or card_licence(source, listing.files),
+        allow_pickle=wanted.allow_pickle,
         path=f"{kind}s/{name}",
         files=files,
         skipped=selection.skipped,
     )
 
 
-def _digests(upstream: Upstream, listed: dict[str, Listed], description: str) -> dict[str, PinnedFile]:
+def _digests(source: Source, listed: dict[str, Listed], description: str) -> dict[str, PinnedFile]:
     unread = sum(file.size_bytes for file in listed.values() if file.sha256 is None)
     with byte_progress(description, unread) as report:
-        return {name: _digest(upstream, name, file, report) for name, file in listed.items()}
+        return {name: _digest(source, name, file, report) for name, file in listed.items()}
 
 
-def _digest(upstream: Upstream, name: str, file: Listed, report: Report) -> PinnedFile:
+def _digest(source: Source, name: str, file: Listed, report: Report) -> PinnedFile:
     if file.sha256 is not None:
         return PinnedFile(sha256=file.sha256, size_bytes=file.size_bytes, version=file.version)
     digest = hashlib.sha256()
     size_bytes = 0
-    for block in upstream.read(name, file):
+    for block in source.read(name, file):
         digest.update(block)
         size_bytes += len(block)
         report(len(block))

@@ -1,4 +1,4 @@
-"""Patience with upstreams that fail for a moment: the call again, or the rest of the file."""
+"""Retries of what fails for a moment: the call again, or the rest of the file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _WAIT = wait_random_exponential(multiplier=0.5, max=8)
 Transient = Callable[[BaseException], bool]
 
 
-def patiently(call: Callable[[], T], transient: Transient) -> T:
-    """What `call` returns; a `transient` failure is tried again three times, within some ten seconds."""
+def with_retries(call: Callable[[], T], transient: Transient) -> T:
+    """What `call` returns; a `transient` failure is retried three times, within about ten seconds."""
 
     def enough(state: RetryCallState) -> bool:
         return state.attempt_number >= ATTEMPTS
@@ -42,8 +42,8 @@ def resuming(open_at: Callable[[int], Iterator[bytes]], offset: int, transient: 
                 yield block
 
 
-def without(prefix: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """`blocks` less their first `prefix` bytes, for an upstream that cannot start in the middle."""
+def skip_prefix(prefix: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """`blocks` less their first `prefix` bytes, for a source that cannot start in the middle."""
     for block in blocks:
         if prefix < len(block):
             yield block[prefix:] if prefix else block

@@ -13,9 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
+from modelweld.config.addresses import scheme_of
 from modelweld.errors import SourceError, SourceUnavailable
-from modelweld.sources.retrying import patiently, resuming, without
-from modelweld.sources.upstream import BLOCK_BYTES, STREAM_BYTES, Listed, Listing, Upstream
+from modelweld.sources.refusals import first_line
+from modelweld.sources.retrying import resuming, skip_prefix, with_retries
+from modelweld.sources.source import BLOCK_BYTES, STREAM_BYTES, Listed, Listing, Source
 
 T = TypeVar("T")
 
@@ -25,14 +27,14 @@ _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "ad
 _EXTRAS = {"s3": "modelweld[s3]", "s3a": "modelweld[s3]", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
-class FsspecUrl(Upstream):
+class FsspecUrl(Source):
     """A file or everything below a prefix. Object versions and etags are the revision where there are any."""
 
     streams = 4
 
     @property
     def _scheme(self) -> str:
-        return self.address.partition("://")[0]
+        return str(scheme_of(self.address))
 
     @property
     def _is_web(self) -> bool:
@@ -62,16 +64,16 @@ class FsspecUrl(Upstream):
         """The file, or every file below the prefix, with the upstream's own version of each."""
         fs, path = self._opened
         with self._explained():
-            found = self._patiently(lambda: self._find(fs, path))
+            found = self._with_retries(lambda: self._find(fs, path))
         if not found:
-            raise self.gone("nothing is there")
+            raise self.not_found("nothing is there")
         files, tokens = {}, []
         for name, info in sorted(found.items()):
             token = _token(info)
             version = info.get("VersionId") if self._scheme.startswith("s3") else None
             size = info.get("size")
             if size is None:
-                raise self.gone(f"{name} has no known size", "the server must send a Content-Length")
+                raise self.not_found(f"{name} has no known size", "the server must send a Content-Length")
             files[name] = Listed(int(size), version=version if version not in (None, "null") else None)
             tokens.append(f"{name}\0{size}\0{token}" if token else None)
         revision = None
@@ -85,7 +87,7 @@ class FsspecUrl(Upstream):
         """One file's bytes from `offset` on, of the pinned object version where the bucket keeps versions."""
         fs, root = self._opened
         with self._explained():
-            path = self._patiently(lambda: self._locate(fs, root, name))
+            path = self._with_retries(lambda: self._locate(fs, root, name))
             open_at = self._streamed(fs, path) if self._is_web else self._ranged(fs, path, listed)
             if offset < listed.size_bytes:
                 yield from resuming(open_at, offset, self._is_transient)
@@ -107,7 +109,7 @@ class FsspecUrl(Upstream):
                 return found
 
         with self._explained():
-            return self._patiently(first) if wanted else b""
+            return self._with_retries(first) if wanted else b""
 
     def _ranged(self, fs: Any, path: str, listed: Listed) -> Callable[[int], Iterator[bytes]]:
         version = {"version_id": listed.version} if listed.version else {}
@@ -131,7 +133,7 @@ class FsspecUrl(Upstream):
             with fs.open(path, "rb", block_size=0, size=1, headers=headers) as stream:
                 stream.r.raise_for_status()
                 partial = stream.r.status == HTTPStatus.PARTIAL_CONTENT
-                yield from without(0 if partial else start, iter(lambda: stream.read(STREAM_BYTES), b""))
+                yield from skip_prefix(0 if partial else start, iter(lambda: stream.read(STREAM_BYTES), b""))
 
         return open_at
 
@@ -159,8 +161,8 @@ class FsspecUrl(Upstream):
             return root
         return f"{root.rstrip('/')}/{name}"
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        return patiently(call, self._is_transient)
+    def _with_retries(self, call: Callable[[], T]) -> T:
+        return with_retries(call, self._is_transient)
 
     @cached_property
     def _outages(self) -> tuple[type[Exception], ...]:
@@ -207,15 +209,15 @@ class FsspecUrl(Upstream):
             cause = error.__cause__ or error
             transient = self._is_transient(error)
             if isinstance(error, FileNotFoundError) and not transient and _status(cause) in (None, 404, 410):
-                raise self.gone(f"nothing is at {self.address}") from error
+                raise self.not_found(f"nothing is at {self.address}") from error
             if not transient and isinstance(error, (FileNotFoundError, PermissionError, *self._refusals)):
-                raise self.gone(
-                    f"{self.address} was refused: {_first_line(cause)}",
+                raise self.not_found(
+                    f"{self.address} was refused: {first_line(cause)}",
                     "give this process credentials through the environment (for S3: AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)",
                 ) from error
             raise SourceUnavailable(
-                f"no answer: {_first_line(cause)}",
+                f"no answer: {first_line(cause)}",
                 where=f"{self.where} ({self.address})",
                 hint="check the network and the endpoint, then run it again: it goes on where it stopped",
             ) from error
@@ -241,7 +243,3 @@ def _token(info: Mapping[str, Any]) -> str | None:
 
 def _basename(path: str) -> str:
     return unquote(posixpath.basename(urlsplit(path).path if "://" in path else path))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from typing import Any
 from modelweld.errors import SourceError
 from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources import fetch as fetch_entry
-from modelweld.sources.guards import safe_name
+from modelweld.sources.refusals import safe_name
 
 
 def fetch(key: str, root: Path) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelweld.config import Params, Recipe, Source
+from modelweld.config import Params, Recipe, SourceEntry
 from modelweld.errors import ConfigError
 from modelweld.sources import LOCK_NAME, read_lock
-from modelweld.sources.guards import refuse_secrets
-from modelweld.sources.local import LocalPath
 from modelweld.sources.lock import Kind, Lock, Pinned
-from modelweld.sources.peeking import peek
+from modelweld.sources.refusals import refuse_secrets
+from modelweld.sources.remote_headers import read_remote_headers
+from modelweld.sources.schemes import open_source
 from modelweld.sources.selection import PICKLE_SUFFIXES, select
-from modelweld.sources.upstream import Listed, Upstream, open_upstream
+from modelweld.sources.source import Listed, Source
 from modelweld.stages.fetch import project_root
 
 
@@ -54,16 +54,16 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
             if _is_here(root / "models" / name, params.models[name], entry):
                 paths[name] = root / "models" / name
                 continue
-            upstream, files = _listed("model", name, params.models[name], root, lock)
+            source, files = _listed("model", name, params.models[name], root, lock)
             sizes[f"model-{name}"] = sum(file.size_bytes for file in files.values())
             pickled = [file for file in files if _is_pickled(file)]
-            if pickled or not upstream.in_parts:
-                unseen[name] = f"{pickled[0]} is pickled" if pickled else "MLflow hands over whole files"
-            elif isinstance(upstream, LocalPath) and upstream.path.is_dir():
-                paths[name], seen[name] = upstream.path, str(upstream.path)
+            if pickled or not source.supports_range_reads:
+                unseen[name] = f"{pickled[0]} is pickled" if pickled else "its source hands over whole files"
+            elif source.directory is not None:
+                paths[name], seen[name] = source.directory, str(source.directory)
             else:
-                paths[name], seen[name] = Path(scratch) / name, upstream.address
-                peek(upstream, files, paths[name])
+                paths[name], seen[name] = Path(scratch) / name, source.address
+                read_remote_headers(source, files, paths[name])
         if unseen:
             reasons = "; ".join(f"{name} ({why})" for name, why in unseen.items())
             raise ConfigError(
@@ -79,13 +79,13 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
         yield Sighting(_placed(merge, paths, root), placed, sizes, seen)
 
 
-def _is_here(folder: Path, source: Source, entry: Pinned | None) -> bool:
+def _is_here(folder: Path, wanted: SourceEntry, entry: Pinned | None) -> bool:
     """Whether a fetched model is what params.yaml names now; one that was put there by hand is believed."""
     if not folder.is_dir() or entry is None:
         return folder.is_dir()
     kept = {name: file for name, file in entry.files.items() if not _is_pickled(name)}
     sizes = {name: (folder / name).stat().st_size for name in kept if (folder / name).is_file()}
-    return entry.uri == source.uri and sizes == {name: file.size_bytes for name, file in kept.items()}
+    return entry.uri == wanted.uri and sizes == {name: file.size_bytes for name, file in kept.items()}
 
 
 def _is_pickled(name: str) -> bool:
@@ -94,19 +94,19 @@ def _is_pickled(name: str) -> bool:
 
 
 def _listed(
-    kind: Kind, name: str, source: Source, root: Path, lock: Lock | None
-) -> tuple[Upstream, Mapping[str, Listed]]:
+    kind: Kind, name: str, wanted: SourceEntry, root: Path, lock: Lock | None
+) -> tuple[Source, Mapping[str, Listed]]:
     """A source as it is pinned, or as it is now when it is not, and the files that a fetch would bring."""
     where = f"{kind}s.{name}.uri"
-    refuse_secrets(source.uri, where)
+    refuse_secrets(wanted.uri, where)
     entry = lock.pinned.get(f"{kind}-{name}") if lock is not None else None
-    if entry is not None and entry.uri == source.uri:
+    if entry is not None and entry.uri == wanted.uri:
         files = {file: Listed(f.size_bytes, f.sha256, f.version) for file, f in entry.files.items()}
-        return open_upstream(entry.resolved, project_root(root), where), files
-    upstream = open_upstream(source.uri, project_root(root), where)
-    listing = upstream.resolve()
-    chosen = select(listing.files, kind, source.allow_pickle, where)
-    return upstream, {file: listing.files[file] for file in chosen.wanted}
+        return open_source(entry.resolved, project_root(root), where), files
+    source = open_source(wanted.uri, project_root(root), where)
+    listing = source.resolve()
+    chosen = select(listing.files, kind, wanted.allow_pickle, where)
+    return source, {file: listing.files[file] for file in chosen.wanted}
 
 
 def _placed(recipe: Recipe, paths: Mapping[str, Path], root: Path) -> Recipe:

@@ -15,7 +15,7 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.adapter import Adapter, is_adapter
 from modelweld.checkpoints.alignment import correspond
 from modelweld.checkpoints.rounding import folded_rank
-from modelweld.config import Params, Source, load_params
+from modelweld.config import Params, SourceEntry, load_params
 from modelweld.errors import CheckpointError, InputError, ModelweldError
 from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources.lock import Kind, Lock
@@ -157,7 +157,7 @@ class _Inspection:
 
     def account_for_sources(self) -> None:
         """Make one row for every directory that should be in models/ and datasets/, and for every one that is."""
-        declared: dict[Kind, dict[str, Source]] = {"model": self.params.models, "dataset": self.params.datasets}
+        declared: dict[Kind, dict[str, SourceEntry]] = {"model": self.params.models, "dataset": self.params.datasets}
         for kind, known in declared.items():
             pinned = self._pins(kind)
             for name in known:

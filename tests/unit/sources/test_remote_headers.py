@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from modelweld.checkpoints import Checkpoint
 from modelweld.engine import build, open_inputs
 from modelweld.sources.local import LocalPath
-from modelweld.sources.peeking import peek
+from modelweld.sources.remote_headers import read_remote_headers
 from tests.support.families import recipe
 from tests.support.lora import llama, write_adapter
 
@@ -22,7 +22,7 @@ def peeked(root: Path, folder: Path, names: tuple[str, ...]) -> int:
     total = 0
     for name in names:
         upstream = LocalPath(str(root / name), root, name)
-        total += peek(upstream, upstream.resolve().files, folder / name)
+        total += read_remote_headers(upstream, upstream.resolve().files, folder / name)
     return total
 
 
@@ -46,5 +46,5 @@ def test_adapters_are_planned_from_their_headers(tmp_path: Path, output: dict[st
     assert read < sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     assert documents(tmp_path / "seen", output=output) == documents(root, output=output)
     with Checkpoint.open(tmp_path / "seen" / "base") as seen, Checkpoint.open(root / "base") as whole:
-        assert seen.hollow
-        assert not whole.hollow
+        assert seen.headers_only
+        assert not whole.headers_only

@@ -1,4 +1,4 @@
-"""What every kind of source can do, and which kind an address is."""
+"""What every kind of source can do."""
 
 from __future__ import annotations
 
@@ -34,26 +34,33 @@ class Listing:
     licence: str | None = None
 
 
-class Upstream(ABC):
-    """A source that was addressed but not yet read. `where` is the key of params.yaml or of the lock, for errors.
+class Source(ABC):
+    """A source that was addressed but not yet read.
 
-    `streams` says how many of its files may be read at once, by as many threads.
+    Relative paths in `address` start at `project_root`; `where` is the key of params.yaml or of the lock, for errors.
+    `streams` is the number of files that may be read at once, by as many threads.
     """
 
     streams = 1
 
-    def __init__(self, address: str, where: str) -> None:
+    def __init__(self, address: str, project_root: Path, where: str) -> None:
         self.address = address
+        self.project_root = project_root.absolute()
         self.where = where
 
     @property
-    def in_parts(self) -> bool:
+    def supports_range_reads(self) -> bool:
         """Whether the beginning of a file can be read without the rest of it."""
         return True
 
+    @property
+    def directory(self) -> Path | None:
+        """The directory on this machine that holds the source's files under their names; None where there is none."""
+        return None
+
     @abstractmethod
     def resolve(self) -> Listing:
-        """What lies at the address now. SourceError when nothing does, SourceUnavailable when nobody answers."""
+        """What is at the address now. SourceError if nothing is, SourceUnavailable if there is no answer."""
 
     @abstractmethod
     def read(self, name: str, listed: Listed, offset: int = 0) -> Generator[bytes, None, None]:
@@ -61,11 +68,11 @@ class Upstream(ABC):
 
     def beginning(self, name: str, listed: Listed, count: int) -> bytes:
         """The first `count` bytes of a file, or all of a shorter one; little more is read."""
-        # Where the upstream reads in ranges, it asks for no more than the file is said to have.
+        # A source that reads in ranges asks for no more than the size it is given.
         part = replace(listed, size_bytes=min(count, listed.size_bytes))
         return first_bytes(self.read(name, part), part.size_bytes)
 
-    def gone(self, what: str, hint: str = "check the address and its revision in params.yaml") -> SourceError:
+    def not_found(self, what: str, hint: str = "check the address and its revision in params.yaml") -> SourceError:
         """The error for something that is not there."""
         return SourceError(what, where=self.where, hint=hint)
 
@@ -77,35 +84,3 @@ def first_bytes(blocks: Generator[bytes, None, None], count: int) -> bytes:
         while len(found) < count and (block := next(blocks, b"")):
             found += block
     return found[:count]
-
-
-def open_upstream(address: str, project_root: Path, where: str) -> Upstream:
-    """The source at `address`, by its scheme; relative paths are taken from `project_root`."""
-    scheme, separator, _ = address.partition("://")
-    if address.startswith("models:/"):
-        from modelweld.sources.mlflow_models import MlflowModel
-
-        return MlflowModel(address, project_root, where)
-    if not separator:
-        from modelweld.sources.local import LocalPath
-
-        return LocalPath(address, project_root, where)
-    if "::" in address:
-        raise SourceError("chained addresses are not sources", where=where, hint="unpack the archive upstream")
-    match scheme:
-        case "file" | "local":
-            from modelweld.sources.local import LocalPath
-
-            return LocalPath(address, project_root, where)
-        case "hf":
-            from modelweld.sources.hub import HubRepository
-
-            return HubRepository(address, where)
-        case "dvc":
-            from modelweld.sources.dvc_repo import DvcPath
-
-            return DvcPath(address, project_root, where)
-        case _:
-            from modelweld.sources.url import FsspecUrl
-
-            return FsspecUrl(address, where)
