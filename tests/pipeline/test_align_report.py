@@ -93,10 +93,10 @@ def test_the_plane_holds_its_corners(project: Path) -> None:
         order = Order.of(recipe.alignment, inputs, project / "merged", project)
         plane = Plane.through(*corners_of(inputs, order, weights))
         animal = inputs.experts[1]
-        state = plane.at(plane.right, 0.0, 1, animal.alignment.names)
+        state = plane.at(plane.right, 0.0, 1, animal.name_map.names)
         for name, tensor in state.items():
             assert (tensor - animal.checkpoint.read(name)).abs().max() < 1e-5, name
-        state = plane.at(plane.over, plane.up, 1, animal.alignment.names)
+        state = plane.at(plane.over, plane.up, 1, animal.name_map.names)
         model = hf.BertForSequenceClassification.from_pretrained(animal.checkpoint.path)
         model.load_state_dict(state, strict=False)
     import torch

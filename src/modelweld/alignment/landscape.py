@@ -45,7 +45,7 @@ def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200)
     settings = asked.model_copy(update={"rows": min(asked.rows, _CALIBRATION_ROWS), "validation_rows": rows})
     with ExitStack() as opened:
         inputs = opened.enter_context(open_inputs(recipe))
-        if len(inputs.experts) < 2 or not all(expert.alignment.head for expert in inputs.experts[:2]):
+        if len(inputs.experts) < 2 or not all(expert.name_map.head for expert in inputs.experts[:2]):
             raise ConfigError("a landscape needs two experts with heads", where="merge.models", hint="name them")
         order = Order.of(settings, inputs, merged, root)
         plane = Plane.through(*corners_of(inputs, order, opened.enter_context(Checkpoint.open(merged))))
@@ -101,7 +101,7 @@ class _Trial:
         rows = Rows(dataset=where, split="validation", text=spec.text, image=image, label=spec.label)
         limits = settings.model_copy(update={"max_length": spec.max_length})
         self._accuracy = accuracy_on(rows, limits, self.task, expert, inputs)
-        self._names = expert.alignment.names
+        self._names = expert.name_map.names
         self._model = model_of(expert.checkpoint)
         self._modules = own_names(self._model, expert.checkpoint.tensors)
         self._calibration = self._batches(settings, inputs)

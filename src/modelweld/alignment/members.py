@@ -12,8 +12,8 @@ from torch import nn
 
 from modelweld.alignment.symmetry import derived, given
 from modelweld.checkpoints import Checkpoint
-from modelweld.checkpoints.alignment import is_buffer
 from modelweld.checkpoints.folding import Folded
+from modelweld.checkpoints.names import is_buffer
 from modelweld.config.align import Align
 from modelweld.engine import Inputs
 from modelweld.engine.inputs import Expert
@@ -48,7 +48,7 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
     lives = [given(Path(settings.spec)) if settings.spec else _derived(expert, root) for expert in inputs.experts]
     modules = [own_names(instantiate(_config(e.checkpoint)), e.checkpoint.tensors) for e in inputs.experts]
     specs = [live.renamed(own) for live, own in zip(lives, modules, strict=True)]
-    first, names = inputs.experts[0], [expert.alignment.names for expert in inputs.experts]
+    first, names = inputs.experts[0], [expert.name_map.names for expert in inputs.experts]
     tied = set(inputs.tied)
     shared = [name for name in names[0] if name not in tied and all(name in other for other in names[1:])]
     shared = [name for name in shared if _movable(first, names[0][name], specs[0])]
@@ -67,7 +67,7 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
         )
     members = []
     for expert, live, spec, own_modules in zip(inputs.experts, lives, specs, modules, strict=True):
-        own = expert.alignment.names
+        own = expert.name_map.names
         known = _renaming(axes, spec, own, first.label, expert.label)
         names_here = {name: own[name] for name in common.axes}
         sizes = {module: expert.checkpoint.tensors[name].shape for name, module in own_modules.items()}

@@ -131,9 +131,9 @@ def corners_of(inputs: Inputs, order: Order, merged: Checkpoint) -> tuple[Corner
     names = [
         name
         for name, info in merged.tensors.items()
-        if info.dtype.is_floating_point and all(name in one.alignment.names for one in experts)
+        if info.dtype.is_floating_point and all(name in one.name_map.names for one in experts)
     ]
-    stored = [expert.alignment.names for expert in experts]
+    stored = [expert.name_map.names for expert in experts]
     heads = [_head(order, number, expert) for number, expert in enumerate(experts)]
     theirs = [{name: order.as_second(k, name, tensor) for name, tensor in heads[k].items()} for k in (0, 1)]
     common, own = (heads[0], heads[1]), (theirs[0], theirs[1])
@@ -148,7 +148,7 @@ def corners_of(inputs: Inputs, order: Order, merged: Checkpoint) -> tuple[Corner
 
 def _head(order: Order, number: int, expert: Expert) -> dict[str, Tensor]:
     """An expert's head in the common order."""
-    floating = [n for n in expert.alignment.head if expert.checkpoint.tensors[n].dtype.is_floating_point]
+    floating = [n for n in expert.name_map.head if expert.checkpoint.tensors[n].dtype.is_floating_point]
     return {name: order.common(number, name, expert.checkpoint.read(name).float()) for name in floating}
 
 

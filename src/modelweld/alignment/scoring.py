@@ -75,9 +75,9 @@ class Scorer:
         scores = []
         for trial in self._trials:
             model, expert = self._models[trial.expert], views.experts[trial.expert]
-            names = expert.alignment.names
+            names = expert.name_map.names
             state = {names[name]: tensor for name, tensor in merged.items() if name in names}
-            state |= {name: expert.checkpoint.read(name) for name in expert.alignment.head}
+            state |= {name: expert.checkpoint.read(name) for name in expert.name_map.head}
             modules = self._modules[trial.expert]
             live = {modules[name]: tensor for name, tensor in state.items() if name in modules}
             model.load_state_dict(live, strict=False)
@@ -128,7 +128,7 @@ def _trials(settings: Align, inputs: Inputs) -> list[_Trial]:
     trials = [
         _Trial(number, accuracy_on(named[task_of(expert)], settings, task_of(expert), expert, inputs))
         for number, expert in enumerate(inputs.experts)
-        if task_of(expert) in named and expert.alignment.head
+        if task_of(expert) in named and expert.name_map.head
     ]
     if not trials:
         raise ConfigError(

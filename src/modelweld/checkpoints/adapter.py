@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT writes them: which weights of a base they change, by which low-rank deltas or whole tensors.
 
 Only what has one meaning is read; variants whose delta is not scaling · B A (DoRA and the rest), and adapters whose
-initialisation has changed the base under them (PiSSA and its kin), are refused by name.
+initialisation has changed the base (PiSSA and similar), are refused by name.
 
     adapter = Adapter.open("adapters/sst2", base, "sst2")
     B, A = adapter.factors("encoder.layer.0.attention.self.query.weight", adapter.checkpoint.read)
@@ -20,9 +20,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from modelweld.checkpoints.alignment import Alignment, has_task_head
 from modelweld.checkpoints.checkpoint import Checkpoint, read_json
 from modelweld.checkpoints.digests import tensor_digest
+from modelweld.checkpoints.names import NameMap, has_task_head
 from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.errors import CheckpointError
 
@@ -83,7 +83,7 @@ _KNOWN = frozenset(
 )
 # PEFT's names of tasks with a head of their own, and transformers' of the classes that have it.
 _CLASSIFIERS = {"SEQ_CLS": "SEQUENCE_CLASSIFICATION", "TOKEN_CLS": "TOKEN_CLASSIFICATION"}
-_ANSWERS = re.compile(r"(^|\.)(classifier|score|out_proj)\.weight$")
+_OUTPUT_LAYER = re.compile(r"(^|\.)(classifier|score|out_proj)\.weight$")
 _PAIR = re.compile(r"^(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))$")
 
 
@@ -104,10 +104,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT LoRA adapter beside its base.
+    """A PEFT LoRA adapter and its base.
 
     `checkpoint` holds the adapter's tensors and, under their own names, the base's, whose weights the adapter has left
-    alone. `pairs` and `alignment.names` are by the base's names; `touched` are the base's tensors that the adapter
+    alone. `pairs` and `name_map.names` are by the base's names; `touched` are the base's tensors that the adapter
     changes in either way.
     """
 
@@ -115,7 +115,7 @@ class Adapter:
     config: Mapping[str, Any]
     pairs: Mapping[str, Pair]
     touched: frozenset[str]
-    alignment: Alignment
+    name_map: NameMap
 
     @classmethod
     def open(cls, path: str | Path, base: Checkpoint, label: str) -> Self:
@@ -134,12 +134,12 @@ class Adapter:
         with Checkpoint.open(path / WEIGHTS) as own:
             reading = _Reading(own, base, label, config)
             reading.sort()
-            return cls(own.beside(base), config, reading.pairs, reading.touched, reading.alignment())
+            return cls(own.combined_with(base), config, reading.pairs, reading.touched, reading.name_map())
 
     def factors(self, name: str, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
         """B (n, r) and A (r, m) of a weight's delta B @ A, in float64, in the layout of the weight, scaling folded in.
 
-        `name` is a key of `pairs`; `read` brings a stored tensor.
+        `name` is a key of `pairs`; `read` reads a stored tensor.
         """
         pair = self.pairs[name]
         # `read` may hand out one buffer again and again, so both factors are copies.
@@ -151,7 +151,7 @@ class Adapter:
 
         Raises CheckpointError for a head of which nothing says what architecture it belongs to.
         """
-        head = {name: self.checkpoint.tensors[name] for name in self.alignment.head}
+        head = {name: self.checkpoint.tensors[name] for name in self.name_map.head}
         found = head_config(self, base, head) if head else base.config
         if not found:
             raise CheckpointError(
@@ -168,15 +168,15 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def write_config(directory: Path, ranks: Mapping[str, int], experts: Mapping[str, Any]) -> None:
-    """Write the adapter_config.json of an adapter with scaling 1 and the given rank a module.
+    """Write the adapter_config.json of an adapter with scaling 1 and the given rank per module.
 
-    What `experts` (the config of one of the adapters that were merged) says of the task and the base is kept.
+    Task and base are those of `experts`, the config of one of the merged adapters.
     """
     rank = max(ranks.values())
     others = {module: own for module, own in sorted(ranks.items()) if own != rank}
     document = {
         "peft_type": "LORA",
-        # A classifier's task would make PEFT look for its head in the adapter; heads lie beside it, one a task.
+        # A classifier's task would make PEFT look for its head in the adapter; heads are stored apart, one per task.
         "task_type": None if experts.get("task_type") in _CLASSIFIERS else experts.get("task_type"),
         "base_model_name_or_path": experts.get("base_model_name_or_path"),
         "inference_mode": True,
@@ -221,8 +221,8 @@ def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, Shaped]) 
     architecture = known.get(str(base.config.get("model_type")))
     if architecture is None:
         return {}
-    # A head may have hidden layers of its own; the last one answers.
-    last = {name: rows for name, rows in matrices.items() if _ANSWERS.search(name)} or matrices
+    # A head may have hidden layers of its own; the last layer gives the outputs.
+    last = {name: rows for name, rows in matrices.items() if _OUTPUT_LAYER.search(name)} or matrices
     labels = {str(index): f"LABEL_{index}" for index in range(min(last.values()))}
     return {
         **base.config,
@@ -247,10 +247,10 @@ class _Reading:
     def touched(self) -> frozenset[str]:
         return frozenset(self.pairs) | frozenset(self.whole)
 
-    def alignment(self) -> Alignment:
+    def name_map(self) -> NameMap:
         names = {name: name for name in self.base.tensors} | self.whole
         names |= {name: pair.B for name, pair in self.pairs.items()}
-        return Alignment(names, tuple(sorted(self.head)), self.prefix, self.reference_prefix)
+        return NameMap(names, tuple(sorted(self.head)), self.prefix, self.reference_prefix)
 
     def sort(self) -> None:
         factors: dict[str, dict[str, str]] = {}

@@ -25,7 +25,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Checkpoint:
-    """Weights on disk, with checked headers: `tensors` says what there is, `read` and `read_into` bring bytes.
+    """Weights on disk, with checked headers: `tensors` describes them, `read` and `read_into` read bytes.
 
     Reading is positional and may be done from several threads at once. Close it, or use it as a context manager.
     """
@@ -41,7 +41,7 @@ class Checkpoint:
     def open(cls, path: str | Path, allow_pickle: bool = False) -> Self:
         """The checkpoint in a Hugging Face directory (or one safetensors file).
 
-        Raises CheckpointError, naming file and tensor, for what is missing, truncated, lies about itself or points out
+        Raises CheckpointError, naming file and tensor, for what is missing, truncated, inconsistent or points out
         of the directory, for adapters, and for pickled weights unless `allow_pickle` (they are then read with
         `weights_only=True`, into memory).
         """
@@ -71,7 +71,7 @@ class Checkpoint:
         checkpoint._pickled = {name: tensor.contiguous() for name, (_, tensor) in pickled.items()}
         return checkpoint
 
-    def beside(self, other: Checkpoint) -> Checkpoint:
+    def combined_with(self, other: Checkpoint) -> Checkpoint:
         """A checkpoint of this one's tensors and `other`'s, this one's first; it outlives both."""
         descriptors: dict[Path, int] = {}
         try:
@@ -92,7 +92,7 @@ class Checkpoint:
 
     @property
     def headers_only(self) -> bool:
-        """Whether only headers were brought here, so that values mean nothing."""
+        """Whether the files hold headers only, so that values mean nothing."""
         return ((self.path if self.path.is_dir() else self.path.parent) / HEADERS_ONLY).is_file()
 
     @cached_property

@@ -38,7 +38,7 @@ class Folded(Checkpoint):
         self._stored: dict[str, str] = {}
         self._adapted: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
-        names = adapter.alignment
+        names = adapter.name_map
         for info in base.tensors.values():
             own = info.name
             if names.head:

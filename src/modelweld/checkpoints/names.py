@@ -1,8 +1,8 @@
-"""Which tensor of one model is which of another: backbone prefixes, heads, tied weights.
+"""Which tensor of one model corresponds to which of another: backbone prefixes, heads, tied weights.
 
 transformers keeps a backbone under one attribute (`base_model_prefix`): a BERT classifier stores `bert.encoder…` where
 the bare model stores `encoder…`. The prefix is read off the names themselves, so that no model code has to be imported
-and a family that transformers does not know aligns too.
+and families that transformers does not know are matched too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _POOLER = re.compile(r"(^|\.)pooler\.")
 
 
 @dataclass(frozen=True)
-class Alignment:
-    """One model's names beside the reference's: `names` maps reference to stored, `head` is what is the task's own.
+class NameMap:
+    """One model's tensor names by the reference's: `names` maps reference to stored, `head` is the task's own.
 
     Stored backbone names are `prefix` + the reference's name without `reference_prefix`. `absent` are reference names
     that this model lacks with good reason (its architecture has no pooler, the weight is tied), `ignored` are its own
@@ -55,8 +55,8 @@ def is_buffer(name: str) -> bool:
     return _BUFFER.search(name) is not None
 
 
-def align(reference: Checkpoint, model: Checkpoint, label: str) -> Alignment:
-    """How `model` (called `label` in errors) lies beside `reference`.
+def match_names(reference: Checkpoint, model: Checkpoint, label: str) -> NameMap:
+    """The names of `model` (called `label` in errors) by those of `reference`.
 
     Raises CheckpointError naming the tensors for other architectures, and both shapes (or vocabulary sizes) where they
     differ.
@@ -83,7 +83,7 @@ def align(reference: Checkpoint, model: Checkpoint, label: str) -> Alignment:
             ignored[stored] = _why_ignored(model, stored, label, set(names.values()))
     for name, stored in names.items():
         _same_shape(reference, model, name, stored, label)
-    return Alignment(names, tuple(sorted(head)), prefix, reference_prefix, absent, ignored)
+    return NameMap(names, tuple(sorted(head)), prefix, reference_prefix, absent, ignored)
 
 
 def tied_partner(checkpoint: Checkpoint, name: str, among: set[str] | None = None) -> str | None:
@@ -115,7 +115,7 @@ def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _prefixes(reference: Checkpoint, model: Checkpoint) -> tuple[str, str]:
     """The pair of prefixes (model's, reference's) under which the most names agree; none at all when that suffices."""
-    # The head of a task architecture stands beside its backbone, which holds nearly all the tensors.
+    # A task architecture keeps its head outside its backbone, which holds nearly all the tensors.
     mine = [_dominant(model)] if has_task_head(model) else ["", *_components(model)]
     theirs = [_dominant(reference)] if has_task_head(reference) else ["", *_components(reference)]
     best, agreeing = (mine[0], theirs[0]), -1
@@ -146,12 +146,12 @@ def _why_absent(reference: Checkpoint, model: Checkpoint, name: str, label: str)
     if is_buffer(name) or not reference.tensors[name].dtype.is_floating_point:
         return "a buffer"
     if _POOLER.search(name):
-        return "a pooler that this architecture has not"
+        return "this architecture has no pooler"
     partner = tied_partner(reference, name)
     if partner is not None:
         return f"tied to {partner}"
     raise CheckpointError(
-        f"{label} lacks tensor {name!r}, which the base has",
+        f"{label} lacks tensor {name!r}, which is present in the base",
         where=str(model.path),
         hint="only models finetuned from this very base can be merged into it",
     )
@@ -159,12 +159,12 @@ def _why_absent(reference: Checkpoint, model: Checkpoint, name: str, label: str)
 
 def _why_ignored(model: Checkpoint, stored: str, label: str, used: set[str]) -> str:
     if is_buffer(stored) or not model.tensors[stored].dtype.is_floating_point:
-        return "a buffer the base has not"
+        return "a buffer that is not present in the base"
     partner = tied_partner(model, stored, used)
     if partner is not None:
         return f"tied to {partner}"
     raise CheckpointError(
-        f"{label} has tensor {stored!r}, which the base has not",
+        f"{label} has tensor {stored!r}, which is not present in the base",
         where=str(model.path),
         hint="only models finetuned from this very base can be merged into it",
     )
@@ -202,8 +202,8 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Correspondence:
-    """`align` for a report: what has a counterpart (of whatever shape), the head, and what has none on either side."""
+class NameDiff:
+    """`match_names` for a report: tensors with a counterpart (of any shape), the head, and those without one."""
 
     names: dict[str, str]
     head: tuple[str, ...]
@@ -211,8 +211,8 @@ class Correspondence:
     extra: tuple[str, ...]
 
 
-def correspond(reference: Checkpoint, model: Checkpoint) -> Correspondence:
-    """Everything that fits and everything that does not, where `align` refuses at the first that does not."""
+def diff_names(reference: Checkpoint, model: Checkpoint) -> NameDiff:
+    """Everything that fits and everything that does not, where `match_names` raises at the first that does not."""
     prefix, reference_prefix = _prefixes(reference, model)
     own_head = has_task_head(model)
     backbone = {name for name in model.tensors if name.startswith(prefix)} if own_head else set(model.tensors)
@@ -233,7 +233,7 @@ def correspond(reference: Checkpoint, model: Checkpoint) -> Correspondence:
             head.append(stored)
         elif _refused(partial(_why_ignored, model, stored, "", used)):
             extra.append(stored)
-    return Correspondence(names, tuple(sorted(head)), tuple(sorted(missing)), tuple(extra))
+    return NameDiff(names, tuple(sorted(head)), tuple(sorted(missing)), tuple(extra))
 
 
 def _refused(explain: Callable[[], str]) -> bool:

@@ -51,9 +51,9 @@ def bytes_read(name: str, expert: Expert) -> int:
     """What an expert's part in an adapted tensor takes to read."""
     tensors = expert.checkpoint.tensors
     if expert.adapter is None or name not in expert.adapter.touched:
-        return 0 if expert.adapter else tensors[expert.alignment.names[name]].nbytes
+        return 0 if expert.adapter else tensors[expert.name_map.names[name]].nbytes
     pair = expert.adapter.pairs.get(name)
-    return tensors[pair.A].nbytes + tensors[pair.B].nbytes if pair else tensors[expert.alignment.names[name]].nbytes
+    return tensors[pair.A].nbytes + tensors[pair.B].nbytes if pair else tensors[expert.name_map.names[name]].nbytes
 
 
 def factors_of(name: str, shape: Sequence[int], expert: Expert, read: Callable[[str], Tensor]) -> LowRank | None:
@@ -119,7 +119,7 @@ def kept_as_adapter(
     for tensor in merged:
         if tensor.route != "factors":
             raise _cannot_keep(f"{tensor.name} is merged densely by {tensor.method}")
-    first = inputs.experts[0].alignment
+    first = inputs.experts[0].name_map
     dtype = torch.float32 if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
     kept: list[TensorPlan] = []
     ranks: dict[str, int] = {}

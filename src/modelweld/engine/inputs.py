@@ -11,9 +11,9 @@ from blake3 import blake3
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.adapter import Adapter, is_adapter
-from modelweld.checkpoints.alignment import Alignment, align, has_task_head, tied_weights
 from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.header import LENGTH_BYTES
+from modelweld.checkpoints.names import NameMap, has_task_head, match_names, tied_weights
 from modelweld.config import Recipe
 from modelweld.errors import CheckpointError, ConfigError
 
@@ -29,7 +29,7 @@ class Expert:
     checkpoint: Checkpoint
     weight: float
     task: str | None
-    alignment: Alignment
+    name_map: NameMap
     adapter: Adapter | None = None
 
 
@@ -85,9 +85,9 @@ def open_inputs(recipe: Recipe) -> Iterator[Inputs]:
         if base is None:
             _same_configs(opened)
         experts = tuple(
-            Expert(label, opened[label], entry.weight, entry.task, adapters[label].alignment, adapters[label])
+            Expert(label, opened[label], entry.weight, entry.task, adapters[label].name_map, adapters[label])
             if label in adapters
-            else Expert(label, opened[label], entry.weight, entry.task, align(reference, opened[label], label))
+            else Expert(label, opened[label], entry.weight, entry.task, match_names(reference, opened[label], label))
             for label, entry in recipe.models.items()
         )
         _one_head_a_task(experts)
@@ -129,7 +129,7 @@ def task_of(expert: Expert) -> str:
 def _one_head_a_task(experts: tuple[Expert, ...]) -> None:
     owners: dict[str, str] = {}
     for expert in experts:
-        if not expert.alignment.head:
+        if not expert.name_map.head:
             continue
         other = owners.setdefault(task_of(expert), expert.label)
         if other != expert.label:
@@ -142,7 +142,7 @@ def _one_head_a_task(experts: tuple[Expert, ...]) -> None:
 
 def _still_tied(expert: Expert, tied: Mapping[str, str]) -> None:
     """An expert that stores both ends of a tied weight must store them equal."""
-    names, own = expert.alignment.names, expert.checkpoint
+    names, own = expert.name_map.names, expert.checkpoint
     for name, partner in tied.items():
         ends = names.get(name), names.get(partner)
         if ends[0] is None or ends[1] is None:
@@ -168,7 +168,7 @@ def _not_tied(expert: Expert, tied: Mapping[str, str]) -> None:
 
 
 def _bytes_differ(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    from modelweld.checkpoints.alignment import tied_partner
+    from modelweld.checkpoints.names import tied_partner
 
     return tied_partner(checkpoint, one, {other}) is None
 

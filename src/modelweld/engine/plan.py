@@ -210,7 +210,7 @@ def build(recipe: Recipe, inputs: Inputs) -> Plan:
         layout = lay_out([(t.name, t.dtype, t.shape) for t in tensors], 1 << 62, single=ADAPTER_WEIGHTS)
     else:
         layout = lay_out([(t.name, t.dtype, t.shape) for t in tensors], recipe.output.shard_bytes)
-    heads = tuple(_head(expert) for expert in inputs.experts if expert.alignment.head)
+    heads = tuple(_head(expert) for expert in inputs.experts if expert.name_map.head)
     files = _side_files(inputs.reference.path) if ranks is None else ()
     key = _key(recipe, inputs, tensors, layout)
     notes = _notes(inputs, tensors)
@@ -244,7 +244,7 @@ def _tensor(
         )
     if copied and inputs.base is None:
         _same_everywhere(info, inputs, decision.reason)
-    stored = () if copied else tuple(expert.alignment.names[info.name] for expert in inputs.experts)
+    stored = () if copied else tuple(expert.name_map.names[info.name] for expert in inputs.experts)
     sources = [expert.checkpoint.tensors[name] for expert, name in zip(inputs.experts, stored, strict=bool(stored))]
     for expert, source in zip(inputs.experts, sources, strict=bool(sources)):
         if source.dtype not in MERGEABLE:
@@ -289,9 +289,9 @@ def _same_everywhere(info: TensorInfo, inputs: Inputs, reason: str) -> None:
             f"{reason} takes {info.name} from the base, and the recipe names none", where="base", hint="name it"
         )
     digests = {
-        expert.label: tensor_digest(expert.checkpoint, expert.alignment.names[info.name])
+        expert.label: tensor_digest(expert.checkpoint, expert.name_map.names[info.name])
         for expert in inputs.experts
-        if info.name in expert.alignment.names
+        if info.name in expert.name_map.names
     }
     if len(set(digests.values())) > 1:
         raise ConfigError(
@@ -326,7 +326,7 @@ def _output_dtype(info: TensorInfo, asked: str, *, merged: bool) -> torch.dtype:
 
 def _absence(info: TensorInfo, experts: tuple[Expert, ...]) -> str | None:
     """Why no expert has this tensor; None when all do."""
-    reasons = {expert.label: expert.alignment.absent.get(info.name) for expert in experts}
+    reasons = {expert.label: expert.name_map.absent.get(info.name) for expert in experts}
     lacking = [label for label, reason in reasons.items() if reason is not None]
     if not lacking:
         return None
@@ -348,7 +348,7 @@ def _unused(inputs: Inputs) -> list[tuple[str, str]]:
     return [
         (f"{expert.label}:{name}", reason)
         for expert in inputs.experts
-        for name, reason in sorted(expert.alignment.ignored.items())
+        for name, reason in sorted(expert.name_map.ignored.items())
     ]
 
 
@@ -381,10 +381,10 @@ def _try_methods(tensors: list[TensorPlan], inputs: Inputs) -> None:
 
 
 def _head(expert: Expert) -> HeadPlan:
-    alignment = expert.alignment
-    size = sum(expert.checkpoint.tensors[name].nbytes for name in alignment.head)
+    name_map = expert.name_map
+    size = sum(expert.checkpoint.tensors[name].nbytes for name in name_map.head)
     task = task_of(expert)
-    return HeadPlan(task, expert.label, alignment.head, alignment.prefix, alignment.reference_prefix, size)
+    return HeadPlan(task, expert.label, name_map.head, name_map.prefix, name_map.reference_prefix, size)
 
 
 def _config_dtype(recipe: Recipe, inputs: Inputs) -> str | None:
@@ -415,7 +415,7 @@ def _notes(inputs: Inputs, tensors: list[TensorPlan]) -> tuple[str, ...]:
             or expert.checkpoint.headers_only
         ):
             continue
-        names = {name: stored for name, stored in expert.alignment.names.items() if name in matrices}
+        names = {name: stored for name, stored in expert.name_map.names.items() if name in matrices}
         rank = folded_rank(inputs.base, expert.checkpoint, names)
         if rank is not None:
             notes.append(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modelweld.checkpoints import TensorInfo
-from modelweld.checkpoints.alignment import is_buffer
 from modelweld.checkpoints.header import DTYPES
+from modelweld.checkpoints.names import is_buffer
 
 Role = Literal["linear", "embedding", "norm", "bias", "convolution", "other", "buffer", "integer"]
 

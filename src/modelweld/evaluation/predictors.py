@@ -14,10 +14,10 @@ import torch
 from blake3 import blake3
 
 from modelweld.checkpoints.adapter import is_adapter
-from modelweld.checkpoints.alignment import align, is_buffer
 from modelweld.checkpoints.checkpoint import Checkpoint
 from modelweld.checkpoints.digests import content_digest
 from modelweld.checkpoints.loading import load, load_under_head
+from modelweld.checkpoints.names import is_buffer, match_names
 from modelweld.errors import CheckpointError, ConfigError, ExternalError, InputError
 from modelweld.evaluation.batching import token_batches
 from modelweld.evaluation.cache import Predictions, content_key
@@ -232,7 +232,7 @@ def open_system(system: System, kind: Kind = "text-classification") -> Any:
         return model
     state = model.state_dict()
     with Checkpoint.open(system.backbone) as backbone, Checkpoint.open(system.head) as lender:
-        alignment = align(backbone, lender, str(system.head))
+        alignment = match_names(backbone, lender, str(system.head))
         if any(stored not in state and not is_buffer(stored) for stored in alignment.names.values()):
             return _converted(model, lender, {stored: backbone.read(name) for name, stored in alignment.names.items()})
         with torch.no_grad():

@@ -180,7 +180,7 @@ def _parents(
         expert.label: {
             "weight": expert.weight,
             "task": expert.task,
-            "prefix": expert.alignment.prefix,
+            "prefix": expert.name_map.prefix,
             "source": _source(sources.get(expert.label)),
             "tensors": used.get(expert.label, {}),
             "head": next((task for task, head in heads.items() if head["model"] == expert.label), None),

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.adapter import Adapter, is_adapter
-from modelweld.checkpoints.alignment import correspond
+from modelweld.checkpoints.names import diff_names
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.config import Params, SourceEntry, load_params
 from modelweld.errors import CheckpointError, InputError, ModelweldError
@@ -104,7 +104,7 @@ class _Inspection:
         adapter = Adapter.open(folder, base, name)
         opened.enter_context(adapter.checkpoint)
         own = tokenizing(folder)
-        config = adapter.config_on(base) if adapter.alignment.head else adapter.checkpoint.config or base.config
+        config = adapter.config_on(base) if adapter.name_map.head else adapter.checkpoint.config or base.config
         self._keep(name, adapter, config, own if own.vocabulary is not None else self.tokenizers[BASE])
 
     def _keep(self, name: str, model: Checkpoint | Adapter, config: dict[str, Any], tokens: Tokenizing) -> None:
@@ -224,7 +224,7 @@ class _Inspection:
         base = self.models[BASE]
         if name == BASE or not isinstance(base, Checkpoint):
             return None
-        return folded_rank(base, model, correspond(base, model).names)
+        return folded_rank(base, model, diff_names(base, model).names)
 
     def _note(self, subject: str, error: ModelweldError, prefix: str = "") -> None:
         """Keep an error as a finding. Paths inside the root only: the gate file is the same wherever the run stood."""

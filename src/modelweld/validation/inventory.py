@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from modelweld.checkpoints import Checkpoint, TensorInfo
 from modelweld.checkpoints.adapter import Adapter
-from modelweld.checkpoints.alignment import Correspondence, align, correspond, has_task_head
+from modelweld.checkpoints.names import NameDiff, diff_names, has_task_head, match_names
 from modelweld.validation.adapters import FactorDelta
 from modelweld.validation.measures import (
     RANK_TOLERANCE,
@@ -87,7 +87,7 @@ def take_inventory(
     Raises CheckpointError when a file cannot be read to its end.
     """
     surveys = {name: _survey(model, base) for name, model in experts.items()}
-    own = _Survey(base, Correspondence({}, (), (), ()))
+    own = _Survey(base, NameDiff({}, (), (), ()))
     tensors = sorted(base.tensors.values(), key=lambda item: item.name)
 
     def compare(info: TensorInfo) -> tuple[Measure, dict[str, Delta], dict[str, FactorDelta]]:
@@ -139,9 +139,9 @@ def _alone() -> None:
 
 def _survey(model: Checkpoint | Adapter, base: Checkpoint) -> _Survey:
     if not isinstance(model, Adapter):
-        return _Survey(model, correspond(base, model))
-    whole = {name: model.alignment.names[name] for name in model.touched - model.pairs.keys()}
-    return _Survey(model.checkpoint, Correspondence(whole, model.alignment.head, (), ()), adapter=model, base=base)
+        return _Survey(model, diff_names(base, model))
+    whole = {name: model.name_map.names[name] for name in model.touched - model.pairs.keys()}
+    return _Survey(model.checkpoint, NameDiff(whole, model.name_map.head, (), ()), adapter=model, base=base)
 
 
 @dataclass
@@ -149,7 +149,7 @@ class _Survey:
     """What has been measured of one model so far; `adapter`, `base` and its sums are there when it is an adapter."""
 
     checkpoint: Checkpoint
-    names: Correspondence
+    names: NameDiff
     adapter: Adapter | None = None
     base: Checkpoint | None = None
     rows: list[dict[str, object]] = field(default_factory=list)
@@ -250,7 +250,7 @@ class _Survey:
     def _head_shapes(self) -> tuple[tuple[int, ...], ...]:
         tensors, head = self.checkpoint.tensors, self.names.head
         if self.base is not None and not head and has_task_head(self.base):
-            head = align(self.base, self.base, "base").head
+            head = match_names(self.base, self.base, "base").head
         return tuple(tensors[name].shape for name in head)
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modelweld.checkpoints import Checkpoint, content_digest, tensor_digest
-from modelweld.checkpoints.alignment import align, tied_weights
+from modelweld.checkpoints.names import match_names, tied_weights
 from modelweld.checkpoints.pickles import rewrite_pickles
 from modelweld.checkpoints.shards import ShardFile, lay_out, write_tensors
 from modelweld.errors import CheckpointError
@@ -130,7 +130,7 @@ def test_names_align_as_transformers_prefix_does(tmp_path: Path, kind: str) -> N
     expert.save_pretrained(tmp_path / "expert")
     assert type(expert).base_model_prefix + "." == prefix
     with Checkpoint.open(tmp_path / "base") as reference, Checkpoint.open(tmp_path / "expert") as model:
-        alignment = align(reference, model, "expert")
+        alignment = match_names(reference, model, "expert")
         stored = set(model.tensors)
     backbone = {name for name in stored if name.startswith(prefix)}
     assert alignment.prefix == prefix
@@ -155,7 +155,7 @@ def test_language_models_of_one_class_align_whole(tmp_path: Path) -> None:
     t.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     t.LlamaForCausalLM(config).save_pretrained(tmp_path / "expert")
     with Checkpoint.open(tmp_path / "base") as reference, Checkpoint.open(tmp_path / "expert") as model:
-        alignment = align(reference, model, "expert")
+        alignment = match_names(reference, model, "expert")
         assert alignment.names == {name: name for name in reference.tensors}
         assert "lm_head.weight" in alignment.names
         assert alignment.head == ()
@@ -184,6 +184,6 @@ def test_vocabulary_and_shape_mismatches_name_both_sides(tmp_path: Path) -> None
             "less": "lacks tensor 'fc.weight'",
         }.items():
             with Checkpoint.open(tmp_path / name) as model, pytest.raises(CheckpointError, match=words):
-                align(base, model, name)
-        with Checkpoint.open(tmp_path / "less") as less, pytest.raises(CheckpointError, match="which the base has not"):
-            align(less, base, "base")
+                match_names(base, model, name)
+        with Checkpoint.open(tmp_path / "less") as less, pytest.raises(CheckpointError, match="which is not present in the base"):
+            match_names(less, base, "base")

@@ -75,7 +75,7 @@ def test_a_package_that_cannot_be_used_is_named(site: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="toy_source:NoSource of toy-source is no"):
         open_source("broken://x", tmp_path, "models.base.uri")
     install(site, {"two": "other_source:Toy"}, name="other")
-    with pytest.raises(ConfigError, match="several installed packages read two://: .*toy-source"):
+    with pytest.raises(ConfigError, match=r"several installed packages read two://: .*toy-source"):
         open_source("two://x", tmp_path, "models.base.uri")
 
 
