@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from modelweld.alignment.price import Price
+from modelweld.alignment.cost import Price
 from modelweld.cli.app import main
 from modelweld.errors import MergeError
 from modelweld.stages.plan import plan

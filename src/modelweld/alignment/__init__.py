@@ -12,7 +12,7 @@ statistics of what it wrote.
 """
 
 from modelweld.alignment.aligning import aligned
+from modelweld.alignment.batch_statistics import repaired
 from modelweld.alignment.record import DOCUMENT, PLACES, Aligned
-from modelweld.alignment.repairing import repaired
 
 __all__ = ["DOCUMENT", "PLACES", "Aligned", "aligned", "repaired"]

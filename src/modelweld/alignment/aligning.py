@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from modelweld.alignment.members import Member, base_member, members_of, moves
+from modelweld.alignment.models import Member, base_member, members_of, moves
 from modelweld.alignment.record import Aligned, document_of, note_of, places_of, unmoved, with_warnings
 from modelweld.alignment.search import search
-from modelweld.alignment.symmetry import CACHE
+from modelweld.alignment.specs import CACHE
 from modelweld.alignment.views import placed_inputs
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe

@@ -12,9 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modelweld.alignment.members import model_of
+from modelweld.alignment.batch_statistics import recompute_statistics
+from modelweld.alignment.models import model_of
 from modelweld.alignment.plane import Order, Plane, corners_of
-from modelweld.alignment.repairing import recompute_statistics
 from modelweld.alignment.rows import Calibration, accuracy_on, calibration_of
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.shards import disk_errors

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modelweld.alignment.members import BASE, members_of
+from modelweld.alignment.models import BASE, members_of
 from modelweld.alignment.record import DOCUMENT, PLACES
 from modelweld.checkpoints import Checkpoint
 from modelweld.config.align import Align

@@ -12,8 +12,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from modelweld.alignment.members import Member
-from modelweld.alignment.repairing import repairs
+from modelweld.alignment.batch_statistics import repairs
+from modelweld.alignment.models import Member
 from modelweld.alignment.scoring import STAND_IN
 from modelweld.alignment.search import Found
 from modelweld.checkpoints.folding import Folded

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelweld.alignment.members import Member
-from modelweld.alignment.repairing import recompute_statistics, repairs
+from modelweld.alignment.batch_statistics import recompute_statistics, repairs
+from modelweld.alignment.models import Member
 from modelweld.alignment.rows import Calibration, accuracy_on
 from modelweld.alignment.views import placed_inputs
 from modelweld.checkpoints.buffers import bytes_of

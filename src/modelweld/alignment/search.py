@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modelweld.alignment.likeness import likeness
-from modelweld.alignment.members import Member, load, proved
+from modelweld.alignment.models import Member, load, proved
 from modelweld.alignment.rows import Calibration, calibration_of, call_of
 from modelweld.alignment.scoring import Scorer
+from modelweld.alignment.unit_similarity import likeness
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan
 from modelweld.errors import ConfigError, MergeError
 from modelweld.symmetry import Alignment, Spec, Zipped, align, zip_models
 from modelweld.symmetry.instances import example_inputs
+from modelweld.symmetry.invariance import TOLERANCE, output_error
 from modelweld.symmetry.observing import observe
-from modelweld.symmetry.proof import TOLERANCE, output_error
 from modelweld.symmetry.view import Stored
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from modelweld.alignment.members import Member, moves
+from modelweld.alignment.models import Member, moves
 from modelweld.engine import Inputs
 from modelweld.symmetry.placements import Folded, Permuted
 from modelweld.symmetry.view import AlignedCheckpoint

@@ -10,7 +10,7 @@ import typer
 from modelweld.cli.app import app, emit, options
 
 if TYPE_CHECKING:
-    from modelweld.alignment.symmetry import Symmetry
+    from modelweld.alignment.specs import Symmetry
 
 _SHOWN = 3
 
@@ -23,7 +23,7 @@ def symmetry(
     ] = None,
 ) -> None:
     """Print the groups of units that can be permuted together, and what froze every other axis."""
-    from modelweld.alignment.symmetry import symmetry_of
+    from modelweld.alignment.specs import symmetry_of
 
     found = symmetry_of(model, Path())
     if spec is not None:

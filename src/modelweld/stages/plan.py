@@ -26,7 +26,7 @@ from modelweld.errors import DiskFull, MergeError
 from modelweld.stages.sighting import sighted
 
 if TYPE_CHECKING:
-    from modelweld.alignment.price import Price
+    from modelweld.alignment.cost import Price
 
 _GB = 1e9
 
@@ -230,7 +230,7 @@ def _alignment_cost(recipe: Recipe, built: Plan, inputs: Inputs) -> Price | None
     if recipe.alignment is None:
         return None
     # Here, because it brings along transformers and the solvers, which most plans do not need.
-    from modelweld.alignment.price import price
+    from modelweld.alignment.cost import price
 
     return price(recipe, built, inputs, Path())
 

@@ -11,7 +11,7 @@ holds and applies them, `proof` shows that they preserve the function. `align` m
 
 from modelweld.symmetry.aligning import Alignment, Zipped, align, zip_models
 from modelweld.symmetry.derive import derive_spec
-from modelweld.symmetry.proof import prove
+from modelweld.symmetry.invariance import prove
 from modelweld.symmetry.spec import Factor, Group, Permutations, Spec
 
 __all__ = [

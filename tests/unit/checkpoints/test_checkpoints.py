@@ -185,5 +185,6 @@ def test_vocabulary_and_shape_mismatches_name_both_sides(tmp_path: Path) -> None
         }.items():
             with Checkpoint.open(tmp_path / name) as model, pytest.raises(CheckpointError, match=words):
                 match_names(base, model, name)
-        with Checkpoint.open(tmp_path / "less") as less, pytest.raises(CheckpointError, match="which is not present in the base"):
+        words = "which is not present in the base"
+        with Checkpoint.open(tmp_path / "less") as less, pytest.raises(CheckpointError, match=words):
             match_names(less, base, "base")

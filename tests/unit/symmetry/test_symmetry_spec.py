@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modelweld.alignment.symmetry import given
+from modelweld.alignment.specs import given
 from modelweld.errors import MergeError
 from modelweld.symmetry import Factor, Group, Spec
 from modelweld.symmetry.spec import join

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelweld.alignment.aligning import members_for
-from modelweld.alignment.members import Member, architecture
-from modelweld.alignment.repairing import repairs
+from modelweld.alignment.batch_statistics import repairs
+from modelweld.alignment.models import Member, architecture
 from modelweld.config import Recipe
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelweld.alignment.symmetry import derived, given
+from modelweld.alignment.specs import derived, given
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.names import is_buffer

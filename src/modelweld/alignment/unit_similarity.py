@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modelweld.alignment.members import Member
+from modelweld.alignment.models import Member
 from modelweld.symmetry import Alignment, Spec
 from modelweld.symmetry.families import Family, families
 from modelweld.symmetry.similarity import weight_similarity
