@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from modelweld.symmetry.zipping import zip_units
 
-MODELS, INSIDE = 2, 0.5
+MODELS, BETA = 2, 0.5
 
 
 def naive_numpy(similarities: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -33,7 +33,7 @@ def naive_numpy(similarities: NDArray[np.float32]) -> NDArray[np.int64]:
     owner = np.arange(total)
     for _ in range(total - total // MODELS):
         low, high = sorted(divmod(int(matrix.argmax()), total))
-        row = np.minimum(matrix[low], matrix[high]) * np.float32(INSIDE)
+        row = np.minimum(matrix[low], matrix[high]) * np.float32(BETA)
         row[[low, high]] = -np.inf
         matrix[low], matrix[:, low] = row, row
         matrix[high], matrix[:, high] = -np.inf, -np.inf
@@ -49,7 +49,7 @@ def naive_torch(similarities: NDArray[np.float32]) -> NDArray[np.int64]:
     owner = np.arange(total)
     for _ in range(total - total // MODELS):
         low, high = sorted(divmod(int(matrix.argmax()), total))
-        row = torch.minimum(matrix[low], matrix[high]) * INSIDE
+        row = torch.minimum(matrix[low], matrix[high]) * BETA
         row[[low, high]] = -torch.inf
         matrix[low], matrix[:, low] = row, row
         matrix[high], matrix[:, high] = -torch.inf, -torch.inf
@@ -88,7 +88,7 @@ def main() -> None:
     times: list[tuple[int, float]] = []
     for width in asked.widths:
         matrix = similarity(width)
-        rounds = [timed(lambda given=matrix: zip_units(given, MODELS, inside=INSIDE)) for _ in range(asked.rounds)]
+        rounds = [timed(lambda given=matrix: zip_units(given, MODELS, beta=BETA)) for _ in range(asked.rounds)]
         seconds = statistics.median(took for took, _ in rounds)
         times.append((width, seconds))
         row: dict[str, Any] = {"width": width, "seconds": round(seconds, 5)}

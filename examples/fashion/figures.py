@@ -78,7 +78,7 @@ def plane(pair: Pair, placed: Permuted, calibration: Rows, rows: Rows, steps: in
     A point's heads move with its backbone: at either expert both heads stand in that expert's own units.
     """
     spec, states = pair.spec, pair.states
-    to_second = spec.invert(placed.places[1])
+    to_second = spec.invert(placed.assignments[1])
     corners: list[dict[str, Tensor]] = []
     for number in (0, 1):
         heads = {
@@ -130,7 +130,7 @@ def similarities(pair: Pair, placed: Placed, rows: Rows) -> dict[str, Any]:
     group = max(free, key=lambda name: pair.spec.groups[name].size)
     units = pair.spec.groups[group].size
     between = found[group][:units, units:]
-    return {"group": group, "before": between.tolist(), "after": between[:, placed.places[1][group]].tolist()}
+    return {"group": group, "before": between.tolist(), "after": between[:, placed.assignments[1][group]].tolist()}
 
 
 def merge_pair(name: str, settings: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def merge_pair(name: str, settings: dict[str, Any]) -> None:
 def identity_by_group(pair: Pair, placed: Permuted) -> dict[str, float]:
     """For each group the share of the second expert's units that stay where they are."""
     shares = {}
-    for name, moved in placed.places[1].items():
+    for name, moved in placed.assignments[1].items():
         home = torch.arange(moved.shape[-1]).expand_as(moved)
         shares[name] = float((moved == home).double().mean())
     return shares

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelweld.symmetry import Spec, align, derive_spec, prove, zip_models
+from modelweld.symmetry import Spec, align, check_invariance, derive_spec, zip_models
 from modelweld.symmetry.observing import observe
-from modelweld.symmetry.placements import Folded, Permuted
+from modelweld.symmetry.placements import Clustered, Permuted
 from modelweld.symmetry.repair import repair
 
-Placed = Permuted | Folded
+Placed = Permuted | Clustered
 BATCH = 250
 
 
@@ -49,7 +49,7 @@ class Pair:
         example = {"pixel_values": inputs[:2]}
         spec = derive_spec(experts[0], example)
         for expert in experts:
-            prove(expert, spec, example)
+            check_invariance(expert, spec, example)
         wide = joint().state_dict()
         heads = tuple(name for name, tensor in experts[0].state_dict().items() if tensor.shape != wide[name].shape)
         return cls(experts, joint, heads, spec)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modelweld.symmetry import align, zip_models
 from modelweld.symmetry.matching import match, match_nested
-from modelweld.symmetry.placements import Folded, Permuted
+from modelweld.symmetry.placements import Clustered, Permuted
 from modelweld.symmetry.similarity import Activations, correlate
 from modelweld.symmetry.spec import Factor, Group, Spec
 from modelweld.symmetry.zipping import zip_units
@@ -54,7 +54,7 @@ class Case:
     def alpha(self) -> float:
         return {"weight": 1.0, "act": 0.0, "dual": self.record["alpha"]}[self.record["space"]]
 
-    def merged(self, placed: Permuted | Folded) -> float:
+    def merged(self, placed: Permuted | Clustered) -> float:
         """The largest error of a merged tensor, relative to its largest entry."""
         worst = 0.0
         recorded = {name[7:]: tensor for name, tensor in self.expected.items() if name.startswith("merged.")}
@@ -181,7 +181,7 @@ def test_every_single_matching(oracle: Path) -> None:
         similarity = tensors[f"{key.split('.')[0]}.sims"].numpy()
         unmerge = tensors[f"{key}.unmerge"].numpy().argmax(axis=1).reshape(models, elements, -1)
         if case["mode"] == "zip" and elements == 1:
-            zipped = zip_units(similarity, models, inside=case["a"], budget=case["b"])
+            zipped = zip_units(similarity, models, beta=case["a"], budget=case["b"])
             assert (zipped.cluster == unmerge.reshape(-1)).all(), key
             assert zipped.value == pytest.approx(case["value"], abs=1e-6)
         elif case["mode"] == "align":
@@ -207,7 +207,7 @@ def test_every_single_matching(oracle: Path) -> None:
                 owners = [np.flatnonzero(unmerge[model, :, 0] // size == place)[0] for model in range(models)]
                 members = [m * units + owner * size + np.arange(size) for m, owner in enumerate(owners)]
                 index = np.concatenate(members)
-                zipped = zip_units(similarity[np.ix_(index, index)], models, inside=case["a"])
+                zipped = zip_units(similarity[np.ix_(index, index)], models, beta=case["a"])
                 assert (zipped.cluster == unmerge.reshape(-1)[index] - place * size).all(), key
                 values.append(zipped.value)
             assert np.mean(values) == pytest.approx(case["value"], abs=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from modelweld.alignment.cost import Price
+from modelweld.alignment.cost import AlignmentCost
 from modelweld.cli.app import main
 from modelweld.errors import MergeError
 from modelweld.stages.plan import plan
@@ -30,7 +30,7 @@ def recipe(family: Family, **changes: Any) -> Path:
     return Path("recipe.yaml")
 
 
-def priced(family: Family, **changes: Any) -> Price:
+def priced(family: Family, **changes: Any) -> AlignmentCost:
     found = plan(recipe(family, **changes), Path("merged")).alignment
     assert found is not None
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from modelweld.alignment.landscape import kept_landscape, landscape
+from modelweld.alignment.landscape import landscape, stored_landscape
 from modelweld.errors import ConfigError, InputError
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_pipeline
@@ -64,7 +64,7 @@ def test_the_page_shows_what_alignment_did_and_the_landscape(project: Path) -> N
     report(project)
     assert page.read_bytes() == before, "the landscape that was computed is kept"
     merged(project, method="mudsc")
-    assert kept_landscape(project) is None, "another merge has another landscape"
+    assert stored_landscape(project) is None, "another merge has another landscape"
 
 
 def test_similarities_are_kept_before_and_after(project: Path) -> None:
@@ -122,4 +122,4 @@ def test_what_spans_no_plane_is_refused(project: Path) -> None:
         landscape(project / "params.yaml", project, steps=3)
     (project / ".modelweld" / "landscape.json").write_text("cut sho")
     with pytest.raises(InputError, match="no landscape"):
-        kept_landscape(project)
+        stored_landscape(project)

@@ -1,18 +1,19 @@
-"""Bring the experts of a merge to one order of units, and say what that did.
+"""MuDSC applied to checkpoints: permute the experts of a merge to one order of units, and record the result.
 
-`members` proves each expert's symmetry on its real weights, `rows` draws what the models are run on, `search` matches
-units by weights and activations, `scoring` tries a value of alpha, `record` is what is written of all this. The engine
-then gets `views` of the checkpoints in which every unit stands in its place, and `repairing` recomputes the batch
-statistics of what it wrote.
+`specs` derives and caches each architecture's symmetry, `models` checks it on every expert's real weights, `rows` draws
+the rows that the models run on, `search` matches units by weights and activations, `scoring` evaluates values of alpha,
+and `record` holds what is written. The engine then reads `views` of the checkpoints, whose units are in the common
+order, and `batch_statistics` recomputes the running statistics of what it wrote. `cost` estimates all this beforehand;
+`unit_similarity`, `plane` and `landscape` are for the report.
 
     with open_inputs(recipe) as inputs:
-        found = aligned(recipe, build(recipe, inputs), inputs, root)
+        found = align_inputs(recipe, build(recipe, inputs), inputs, root)
         ...  # execute the plan over found.inputs, into `tree`
         found.write(tree)
 """
 
-from modelweld.alignment.aligning import aligned
-from modelweld.alignment.batch_statistics import repaired
-from modelweld.alignment.record import DOCUMENT, PLACES, Aligned
+from modelweld.alignment.aligning import align_inputs
+from modelweld.alignment.batch_statistics import with_recomputed_statistics
+from modelweld.alignment.record import ASSIGNMENTS, DOCUMENT, Aligned
 
-__all__ = ["DOCUMENT", "PLACES", "Aligned", "aligned", "repaired"]
+__all__ = ["ASSIGNMENTS", "DOCUMENT", "Aligned", "align_inputs", "with_recomputed_statistics"]

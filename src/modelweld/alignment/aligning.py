@@ -1,4 +1,4 @@
-"""From a plan's inputs to the same inputs in one order of units."""
+"""From a plan's inputs to the same inputs with all units in one order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from modelweld.alignment.models import Member, base_member, members_of, moves
-from modelweld.alignment.record import Aligned, document_of, note_of, places_of, unmoved, with_warnings
+from modelweld.alignment.models import AlignedModel, base_model, models_of, moves
+from modelweld.alignment.record import Aligned, assignments_of, document_of, identity_alignment, note_of, with_warnings
 from modelweld.alignment.search import search
 from modelweld.alignment.specs import CACHE
 from modelweld.alignment.views import placed_inputs
@@ -21,46 +21,46 @@ from modelweld.methods.registry import method
 from modelweld.symmetry import Spec
 
 
-def aligned(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
-    """The inputs of a plan in one order of units; specs are cached below `root`.
+def align_inputs(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
+    """The inputs of a plan with all units in one order; specs are cached below `root`.
 
-    The first expert's order is the common one, or the base's where the plan reads it. Raises MergeError for models that
-    cannot be aligned, a symmetry that does not hold, and calibration rows that do not do; InputError for the rows
-    themselves.
+    The common order is the first expert's, or the base's if the plan reads the base. Raises MergeError for models that
+    cannot be aligned, a symmetry that does not hold, and calibration rows that are insufficient; InputError for rows
+    that cannot be read.
     """
     settings = recipe.alignment
     if settings is None:
         raise ConfigError("the recipe asks for no alignment", where="align", hint="align: {}")
     if settings.mode == "none":
-        found = unmoved(settings, inputs, "every unit stays where it is: align.mode is none")
+        found = identity_alignment(settings, inputs, "every unit stays where it is: align.mode is none")
     elif inputs.experts and all(expert.adapter is not None for expert in inputs.experts):
         why = "all experts are adapters of one base and keep its units: they are aligned already, nothing is permuted"
-        found = unmoved(settings, inputs, why)
+        found = identity_alignment(settings, inputs, why)
     else:
         found = _matched(recipe, settings, plan, inputs, root)
     return with_warnings(found, settings, plan)
 
 
 def _matched(recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path) -> Aligned:
-    common, members = members_for(recipe, settings, plan, inputs, root)
+    common, models = models_for(recipe, settings, plan, inputs, root)
     with _scratch(root) as scratch:
-        found = search(settings, plan, common, members, inputs, scratch)
-    document = document_of(settings, recipe.method_name, common, members, found)
-    views = placed_inputs(inputs, members, found.placement.placed)
-    return Aligned(views, document, places_of(members, found), (note_of(document),))
+        found = search(settings, plan, common, models, inputs, scratch)
+    document = document_of(settings, recipe.method_name, common, models, found)
+    views = placed_inputs(inputs, models, found.placement.placed)
+    return Aligned(views, document, assignments_of(models, found), (note_of(document),))
 
 
-def members_for(
+def models_for(
     recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: Path
-) -> tuple[Spec, Sequence[Member]]:
-    """The common spec and the models that are matched: the experts, behind the base where the plan reads that.
+) -> tuple[Spec, Sequence[AlignedModel]]:
+    """The common spec and the models that are matched: the experts, preceded by the base if the plan reads it.
 
     Raises MergeError for a single model, for models that cannot be aligned, and for a zip with a method that reads the
     base.
     """
     if len(inputs.experts) < 2:
         raise MergeError("alignment takes two models or more", where="models", hint="name another one")
-    common, experts = members_of(settings, inputs, root)
+    common, experts = models_of(settings, inputs, root)
     if not _reads_base(plan, inputs, frozenset(name for name, axes in common.axes.items() if moves(axes))):
         return common, experts
     if settings.mode == "zip":
@@ -69,12 +69,12 @@ def members_for(
             where="align.mode",
             hint="use mode: align, or a method that needs no base",
         )
-    return common, [base_member(inputs, common, experts[0]), *experts]
+    return common, [base_model(inputs, common, experts[0]), *experts]
 
 
 @contextmanager
 def _scratch(root: Path) -> Iterator[Path]:
-    """A folder for what the search puts down, gone with it: beside the other caches, since it can be large."""
+    """A temporary folder for the search's sums: next to the other caches, since it can be large."""
     home = root / CACHE.parts[0]
     with disk_errors(home):
         home.mkdir(parents=True, exist_ok=True)

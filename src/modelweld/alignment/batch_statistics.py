@@ -1,4 +1,4 @@
-"""Batch statistics of a merge, computed anew: in memory while alpha is chosen, and in the tree before it appears.
+"""Batch statistics of a merge, recomputed: in memory while alpha is chosen, and in the tree before it is published.
 
 Channels of a mean vary less than any parent's did; statistics that are averages too undo a merge (REPAIR, arXiv
 2211.08403).
@@ -30,8 +30,8 @@ from modelweld.symmetry.instances import own_names
 from modelweld.symmetry.repair import repair
 
 
-def repairs(settings: Align, plan: Plan) -> bool:
-    """Whether batch statistics of this merge are computed anew: where there are some, and rows to run it on.
+def recomputes_statistics(settings: Align, plan: Plan) -> bool:
+    """Whether batch statistics of this merge are recomputed: if there are some, and rows to run the merge on.
 
     Raises ConfigError where the recipe asks for it and names no rows.
     """
@@ -44,23 +44,23 @@ def repairs(settings: Align, plan: Plan) -> bool:
 
 
 def recompute_statistics(model: nn.Module, calibration: Calibration) -> int:
-    """How many layers of the model have new batch statistics, from the calibration rows."""
+    """Recompute the model's batch statistics on the calibration rows; returns the number of layers."""
     return repair(model, [call_of(model, batch) for batch in calibration.batches])
 
 
-def repaired(
+def with_recomputed_statistics(
     recipe: Recipe, plan: Plan, inputs: Inputs, tree: Path, execution: Execution
 ) -> tuple[Execution, dict[str, Any] | None]:
-    """The execution with the digests of new batch statistics, which are in `tree` now, and a record; or as it was.
+    """Recompute the batch statistics in `tree`; the execution with their digests and a record, or both unchanged.
 
     The bytes depend on the merge, the rows and the seed, and on no number of threads. Raises MergeError for a layer
     whose statistics the tree does not hold, and what reading rows raises.
     """
     settings = recipe.alignment
-    if settings is None or not repairs(settings, plan):
+    if settings is None or not recomputes_statistics(settings, plan):
         return execution, None
     calibration = calibration_of(settings, inputs)
-    # With a head on it is the class that was trained; which head makes no difference to what lies before it.
+    # With a head it is the class that was trained; which head makes no difference to the layers before it.
     head = plan.heads[0] if plan.heads else None
     model = load(tree, head.task if head else None).float()
     with _one_thread():
@@ -68,9 +68,9 @@ def repaired(
     finished, slots = dict(execution.finished), plan.layout.slots
     shards = {shard.file: ShardFile(shard, tree) for shard in plan.layout.shards}
     try:
-        names, kept = _stored_names(model, slots, head), head.tensors if head else ()
-        for buffer, statistic in _statistics(model):
-            if buffer in kept:
+        names, in_head = _stored_names(model, slots, head), head.tensors if head else ()
+        for buffer, statistic in _running_statistics(model):
+            if buffer in in_head:
                 continue
             if buffer not in names:
                 raise MergeError("is in no file of the merge", where=buffer, hint="leave `repair` out: repair: false")
@@ -91,10 +91,10 @@ def _stored_names(model: nn.Module, stored: Iterable[str], head: HeadPlan | None
     """By a tensor's name in the model, the one that the merge stores it under."""
     prefix, reference = (head.prefix, head.reference_prefix) if head else ("", "")
     own = {prefix + name.removeprefix(reference): name for name in stored}
-    return {live: own[name] for name, live in own_names(model, own).items()}
+    return {in_module: own[name] for name, in_module in own_names(model, own).items()}
 
 
-def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if name.endswith(STATISTICS):
             yield name, buffer

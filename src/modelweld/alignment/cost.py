@@ -1,4 +1,4 @@
-"""What an alignment will take: rows to forward, similarities, assignments, memory, and time on this machine.
+"""The cost of an alignment: rows to forward, similarities, assignments, memory, and time on this machine.
 
 Counted on the architecture without weights; matrix products, assignments and zips are timed here in a short trial each.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelweld.alignment.aligning import members_for
-from modelweld.alignment.batch_statistics import repairs
-from modelweld.alignment.models import Member, architecture
+from modelweld.alignment.aligning import models_for
+from modelweld.alignment.batch_statistics import recomputes_statistics
+from modelweld.alignment.models import AlignedModel, architecture
 from modelweld.config import Recipe
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan
@@ -28,14 +28,14 @@ from modelweld.symmetry import Spec
 from modelweld.symmetry.families import Family, families
 from modelweld.symmetry.instances import example_inputs
 from modelweld.symmetry.matching import match
-from modelweld.symmetry.observing import Place, places, takes_units_in
+from modelweld.symmetry.observing import HookPoint, hook_points, takes_units_in
 from modelweld.symmetry.zipping import zip_units
 
 # Sweeps of a search in which most families are matched anew, as seen with ResNet-20 and BERT: later ones skip those
 # whose neighbours stayed, which clusters hardly ever do.
 SWEEPS = {"align": 4, "zip": 12}
-# Two rows, before and after, for the proof and again for what was found.
-_PROOF_ROWS = 8
+# Two rows, before and after, for the invariance check and again for what was found.
+_CHECK_ROWS = 8
 _UNITS = 512
 # Measured from 256 to 2048 units: an assignment grows with this power of them, a zip with the square.
 _ASSIGNMENT_POWER = 2.2
@@ -43,8 +43,8 @@ _FLOAT64 = 8
 
 
 @dataclass(frozen=True)
-class Price:
-    """What an alignment (and the repair of batch statistics) takes, estimated.
+class AlignmentCost:
+    """Estimated cost of an alignment, including recomputed batch statistics.
 
     `forwarded` counts rows over all models and values of alpha. `group` is the one that takes the most memory,
     `group_bytes` what its similarities do beside what they are made of.
@@ -79,8 +79,8 @@ class Price:
         )
 
 
-def price(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Price | None:
-    """The price of the alignment that a merge would do; None where it has no units to match.
+def alignment_cost(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> AlignmentCost | None:
+    """The cost of the alignment that a merge would do; None if it has no units to match.
 
     Raises what the merge would raise for models that cannot be aligned.
     """
@@ -88,12 +88,12 @@ def price(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Price | Non
     adapters = all(expert.adapter is not None for expert in inputs.experts)
     if settings is None or settings.mode == "none" or adapters:
         return None
-    common, members = members_for(recipe, settings, plan, inputs, root)
-    model = architecture(members[0], inputs)
-    parameter_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
-    found, count, whole = list(families(common).values()), len(members), settings.mode == "zip"
+    common, models = models_for(recipe, settings, plan, inputs, root)
+    module = architecture(models[0], inputs)
+    parameter_bytes = sum(4 * parameter.numel() for parameter in module.parameters())
+    found, count, whole = list(families(common).values()), len(models), settings.mode == "zip"
     runs = _Runs.of(settings, plan, inputs, count)
-    row_flops, seen = _look(model, members[0], settings)
+    row_flops, seen = _look(module, models[0], settings)
     works = [_work(common, family, count, whole) for family in found]
     sweeps = SWEEPS[settings.mode] * (len(settings.grid) if settings.alpha == "auto" else 1)
     products = sweeps * sum(work.flops for work in works)
@@ -102,8 +102,8 @@ def price(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Price | Non
     rates = _Rates.of_this_machine(whole)
     matching = sweeps * sum(_matching(common, family, count, whole, rates.match_s) for family in found)
     ordering = sweeps * rates.entry_s * sum(work.entries for work in works)
-    forwards = row_flops * (runs.rows + _PROOF_ROWS * count)
-    return Price(
+    forwards = row_flops * (runs.rows + _CHECK_ROWS * count)
+    return AlignmentCost(
         mode=settings.mode,
         models=count,
         groups=len(common.groups),
@@ -114,7 +114,7 @@ def price(recipe: Recipe, plan: Plan, inputs: Inputs, root: Path) -> Price | Non
         group=largest.outer,
         group_units=_units(common, largest.outer),
         group_bytes=most.most_bytes,
-        # A proof holds a model and, tensor by tensor, what it permutes.
+        # The invariance check holds a model and, tensor by tensor, what it permutes.
         memory_bytes=runs.held * parameter_bytes + max(most.most_bytes, parameter_bytes),
         disk_bytes=sum(_FLOAT64 * _pairs(units, count, whole) for units, _ in seen) if runs.observed else 0,
         # In float32, but smaller and less regular: forwards go about as fast as large products in float64.
@@ -134,51 +134,51 @@ class _Runs:
     def of(cls, settings: Align, plan: Plan, inputs: Inputs, models: int) -> _Runs:
         named = bool(settings.calibration)
         seen = settings.rows if named and settings.space != "weights" else 0
-        extra_rows = settings.rows if repairs(settings, plan) else 0
+        extra_rows = settings.rows if recomputes_statistics(settings, plan) else 0
         tasks = sum(task_of(one) in (settings.validation or {}) for one in inputs.experts)
         tries = len(settings.grid) if settings.alpha == "auto" and seen else 0
         rows = seen * models + extra_rows + tries * tasks * (settings.validation_rows + extra_rows)
         return cls(rows, seen, models if seen else 1)
 
 
-def _look(model: nn.Module, member: Member, settings: Align) -> tuple[float, list[tuple[int, int]]]:
-    """Operations of one row, and for every place that units are seen at how many they are and in how many positions.
+def _look(module: nn.Module, model: AlignedModel, settings: Align) -> tuple[float, list[tuple[int, int]]]:
+    """Operations of one row, and for every hook point its number of units and of positions.
 
     A row of text is taken to be as long as it may be, and every matrix to be used once a position. What a row of
     images comes to depends on strides and pools: it goes through the architecture alone, which computes nothing.
     """
-    shown = places(model, member.live)
-    call = example_inputs(model)
+    shown = hook_points(module, model.module_spec)
+    call = example_inputs(module)
     if "input_ids" in call:
-        layers = [layer for layer in model.modules() if takes_units_in(layer)]
+        layers = [layer for layer in module.modules() if takes_units_in(layer)]
         entries = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
         return 2.0 * entries * settings.max_length, [
-            (_seen(member.live, place), settings.max_length) for place in shown
+            (_units_at(model.module_spec, point), settings.max_length) for point in shown
         ]
     seen: list[tuple[int, int]] = []
 
-    def watch(place: Place, value: Tensor) -> None:
-        seen.append((_seen(member.live, place), value.numel() // len(value) // place.length))
+    def watch(point: HookPoint, value: Tensor) -> None:
+        seen.append((_units_at(model.module_spec, point), value.numel() // len(value) // point.length))
 
     handles = []
-    for place in shown:
-        module = model.get_submodule(place.module)
-        if place.reads:
-            handles.append(module.register_forward_pre_hook(lambda _, taken, at=place: watch(at, taken[0])))
+    for point in shown:
+        layer = module.get_submodule(point.module)
+        if point.reads:
+            handles.append(layer.register_forward_pre_hook(lambda _, inputs, at=point: watch(at, inputs[0])))
         else:
-            handles.append(module.register_forward_hook(lambda _, taken, given, at=place: watch(at, given)))
+            handles.append(layer.register_forward_hook(lambda _, inputs, output, at=point: watch(at, output)))
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**call)
+            module(**call)
     finally:
         for handle in handles:
             handle.remove()
     return counter.get_total_flops() / len(call["pixel_values"]), seen
 
 
-def _seen(spec: Spec, place: Place) -> int:
-    """How many units a place shows."""
-    return math.prod(spec.groups[name].size for name in place.wanted)
+def _units_at(spec: Spec, point: HookPoint) -> int:
+    """The number of units that are observed at a hook point."""
+    return math.prod(spec.groups[name].size for name in point.wanted)
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ def _matching(spec: Spec, family: Family, models: int, whole: bool, trial: float
     if whole:
         return sum(trial * (models * _units(spec, member) / _UNITS) ** 2 for member in family.members)
     outer = spec.groups[family.outer].size
-    inside = sum(outer**2 * (spec.groups[name].size / _UNITS) ** _ASSIGNMENT_POWER for name in family.inner)
-    return float((models - 1) * trial * ((outer / _UNITS) ** _ASSIGNMENT_POWER + inside))
+    inner = sum(outer**2 * (spec.groups[name].size / _UNITS) ** _ASSIGNMENT_POWER for name in family.inner)
+    return float((models - 1) * trial * ((outer / _UNITS) ** _ASSIGNMENT_POWER + inner))
 
 
 @dataclass(frozen=True)

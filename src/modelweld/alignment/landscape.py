@@ -1,4 +1,4 @@
-"""The loss landscape of a merge: how well each task is answered on the plane through two experts and their merge."""
+"""The loss landscape of a merge: accuracy by task on the plane through two experts and their merge."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _ACROSS, _HEIGHT = (-0.25, 1.25), (-0.4, 1.6)
 
 
 def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200) -> dict[str, Any]:
-    """Accuracies by task on `steps` × `steps` points of the plane, on up to `rows` validation rows a task.
+    """Accuracies by task on `steps` × `steps` points of the plane, on up to `rows` validation rows per task.
 
-    Kept in .modelweld/landscape.json. Raises ConfigError for a zipped merge and for experts without heads, InputError
+    Stored in .modelweld/landscape.json. Raises ConfigError for a zipped merge and for experts without heads, InputError
     where the models span no plane, and what reading rows raises.
     """
     params, merged, recipe = load_params(params_file), root / "merged", load_recipe_or_params(params_file)
@@ -49,7 +49,7 @@ def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200)
             raise ConfigError("a landscape needs two experts with heads", where="merge.models", hint="name them")
         order = Order.of(settings, inputs, merged, root)
         plane = Plane.through(*corners_of(inputs, order, opened.enter_context(Checkpoint.open(merged))))
-        trials = [_Trial(params, settings, expert, inputs, root) for expert in inputs.experts[:2]]
+        trials = [_TaskScore(params, settings, expert, inputs, root) for expert in inputs.experts[:2]]
         xs = np.linspace(_ACROSS[0] * plane.right, _ACROSS[1] * plane.right, steps)
         ys = np.linspace(_HEIGHT[0] * plane.up, _HEIGHT[1] * plane.up, steps)
         values = np.zeros((2, steps, steps))
@@ -64,7 +64,7 @@ def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200)
         "rows": rows,
         "x": xs.round(_DIGITS).tolist(),
         "y": ys.round(_DIGITS).tolist(),
-        "points": {name: [round(place, _DIGITS) for place in point] for name, point in plane.points.items()},
+        "points": {name: [round(coordinate, _DIGITS) for coordinate in point] for name, point in plane.points.items()},
         "tasks": {trial.task: value.round(_DIGITS).tolist() for trial, value in zip(trials, values, strict=True)},
     }
     with disk_errors(root / FILE):
@@ -73,7 +73,7 @@ def landscape(params_file: Path, root: Path, *, steps: int = 9, rows: int = 200)
     return found
 
 
-def kept_landscape(root: Path) -> dict[str, Any] | None:
+def stored_landscape(root: Path) -> dict[str, Any] | None:
     """The landscape that was computed last; None when there is none, or only that of another merge."""
     try:
         document: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def _identity(merged: Path) -> str:
     return manifest.digest(manifest.read(merged))
 
 
-class _Trial:
+class _TaskScore:
     """One expert's task: its model, and its validation rows to score points of the plane on."""
 
     def __init__(self, params: Params, settings: Align, expert: Expert, inputs: Inputs, root: Path) -> None:
@@ -107,10 +107,10 @@ class _Trial:
         self._calibration = self._batches(settings, inputs)
 
     def score(self, plane: Plane, number: int, across: float, height: float) -> float:
-        """The accuracy at a point, batch statistics of its own included."""
+        """The accuracy at a point, with batch statistics recomputed there."""
         state = plane.at(across, height, number, self._names)
-        live = {self._modules[name]: tensor for name, tensor in state.items() if name in self._modules}
-        self._model.load_state_dict(live, strict=False)
+        own = {self._modules[name]: tensor for name, tensor in state.items() if name in self._modules}
+        self._model.load_state_dict(own, strict=False)
         if self._calibration is not None:
             recompute_statistics(self._model, self._calibration)
         return self._accuracy(self._model)

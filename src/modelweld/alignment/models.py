@@ -1,4 +1,4 @@
-"""The models of an alignment: each one's symmetry by the names that all share, proved on its real weights."""
+"""The models of an alignment: each one's symmetry by the names that all share, checked on its real weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelweld.alignment.specs import derived, given
+from modelweld.alignment.specs import derive_cached, load_spec
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.names import is_buffer
@@ -18,7 +18,7 @@ from modelweld.config.align import Align
 from modelweld.engine import Inputs
 from modelweld.engine.inputs import Expert
 from modelweld.errors import ConfigError, MergeError
-from modelweld.symmetry import Factor, Spec, prove
+from modelweld.symmetry import Factor, Spec, check_invariance
 from modelweld.symmetry.families import STATISTICS
 from modelweld.symmetry.instances import example_inputs, instantiate, own_names
 from modelweld.symmetry.spec import join, leaves
@@ -28,26 +28,28 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Member:
-    """One model of the alignment: its names beside the common ones, and its own spec with the common groups.
+class AlignedModel:
+    """One model of the alignment: its tensor names by the common ones, and its own spec with the common groups.
 
-    A checkpoint's names need not be those of the model that it is loaded into: `modules` gives the latter by the
-    former, and `live` is the spec by the names of the model.
+    A checkpoint's names need not be those of the module that it is loaded into: `module_names` gives the latter by the
+    former, and `module_spec` is the spec by the names of the module.
     """
 
     label: str
     checkpoint: Checkpoint
     names: Mapping[str, str]
     spec: Spec
-    modules: Mapping[str, str]
-    live: Spec
+    module_names: Mapping[str, str]
+    module_spec: Spec
 
 
-def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[Member]]:
+def models_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[AlignedModel]]:
     """The spec that all experts share, by common names, and each expert's own with the groups of that one."""
-    lives = [given(Path(settings.spec)) if settings.spec else _derived(expert, root) for expert in inputs.experts]
-    modules = [own_names(instantiate(_config(e.checkpoint)), e.checkpoint.tensors) for e in inputs.experts]
-    specs = [live.renamed(own) for live, own in zip(lives, modules, strict=True)]
+    module_specs = [
+        load_spec(Path(settings.spec)) if settings.spec else _derive(expert, root) for expert in inputs.experts
+    ]
+    module_names = [own_names(instantiate(_config(e.checkpoint)), e.checkpoint.tensors) for e in inputs.experts]
+    specs = [spec.renamed(own) for spec, own in zip(module_specs, module_names, strict=True)]
     first, names = inputs.experts[0], [expert.name_map.names for expert in inputs.experts]
     tied = set(inputs.tied)
     shared = [name for name in names[0] if name not in tied and all(name in other for other in names[1:])]
@@ -65,35 +67,35 @@ def members_of(settings: Align, inputs: Inputs, root: Path) -> tuple[Spec, list[
             where=first.label,
             hint="merge without `align:`; `modelweld symmetry` says what froze each axis",
         )
-    members = []
-    for expert, live, spec, own_modules in zip(inputs.experts, lives, specs, modules, strict=True):
+    models = []
+    for expert, module_spec, spec, own_modules in zip(inputs.experts, module_specs, specs, module_names, strict=True):
         own = expert.name_map.names
         known = _renaming(axes, spec, own, first.label, expert.label)
         names_here = {name: own[name] for name in common.axes}
         sizes = {module: expert.checkpoint.tensors[name].shape for name, module in own_modules.items()}
-        here = _renamed(live, known, common, sizes)
-        members.append(
-            Member(expert.label, expert.checkpoint, names_here, here.renamed(own_modules), own_modules, here)
+        here = _renamed(module_spec, known, common, sizes)
+        models.append(
+            AlignedModel(expert.label, expert.checkpoint, names_here, here.renamed(own_modules), own_modules, here)
         )
-    return common, members
+    return common, models
 
 
-def base_member(inputs: Inputs, common: Spec, first: Member) -> Member:
+def base_model(inputs: Inputs, common: Spec, first: AlignedModel) -> AlignedModel:
     """The base as the model whose order is the common one; ConfigError without one."""
     if inputs.base is None:
         raise ConfigError("the recipe names no base", where="base", hint="name it")
-    # It is run as the first expert's class, under that one's names.
+    # It is run as the first expert's class, under that expert's names.
     return replace(first, label=BASE, checkpoint=inputs.base, names={name: name for name in common.axes})
 
 
-def load(member: Member, inputs: Inputs) -> nn.Module:
-    """The transformers model of a member in float32, of the class that its spec was derived from."""
-    if member.label != BASE:
-        return model_of(member.checkpoint)
-    lender = inputs.experts[0]
-    state = {own: member.checkpoint.read(name) for name, own in lender.alignment.names.items()}
-    state |= {name: lender.checkpoint.read(name) for name in lender.alignment.head}
-    return _loaded(lender.checkpoint, pretrained_model_name_or_path=None, state_dict=state)
+def load(model: AlignedModel, inputs: Inputs) -> nn.Module:
+    """The transformers model in float32, of the class that its spec was derived from."""
+    if model.label != BASE:
+        return model_of(model.checkpoint)
+    head_from = inputs.experts[0]
+    state = {own: model.checkpoint.read(name) for name, own in head_from.alignment.names.items()}
+    state |= {name: head_from.checkpoint.read(name) for name in head_from.alignment.head}
+    return _loaded(head_from.checkpoint, pretrained_model_name_or_path=None, state_dict=state)
 
 
 def model_of(checkpoint: Checkpoint) -> nn.Module:
@@ -104,9 +106,9 @@ def model_of(checkpoint: Checkpoint) -> nn.Module:
     return _loaded(checkpoint, pretrained_model_name_or_path=checkpoint.path)
 
 
-def architecture(member: Member, inputs: Inputs) -> nn.Module:
-    """The class of a member's model without its weights: every shape, no memory."""
-    return instantiate(_config(inputs.experts[0].checkpoint if member.label == BASE else member.checkpoint))
+def architecture(model: AlignedModel, inputs: Inputs) -> nn.Module:
+    """The model's class without its weights, on the meta device: every shape, no memory."""
+    return instantiate(_config(inputs.experts[0].checkpoint if model.label == BASE else model.checkpoint))
 
 
 def _loaded(checkpoint: Checkpoint, **source: Any) -> nn.Module:
@@ -117,17 +119,17 @@ def _loaded(checkpoint: Checkpoint, **source: Any) -> nn.Module:
     return model.eval()
 
 
-def proved(model: nn.Module, member: Member) -> float:
-    """How far random permutations of a member's groups move its outputs; MergeError, with its label, where they do."""
+def check_model(module: nn.Module, model: AlignedModel) -> float:
+    """The relative output error of a model under random permutations of its groups; MergeError, with its label."""
     try:
-        return prove(model, member.live, example_inputs(model))
+        return check_invariance(module, model.module_spec, example_inputs(module))
     except MergeError as error:
-        raise MergeError(error.what, where=f"{member.label}, {error.where}", hint=error.hint) from error
+        raise MergeError(error.what, where=f"{model.label}, {error.where}", hint=error.hint) from error
 
 
-def _derived(expert: Expert, root: Path) -> Spec:
+def _derive(expert: Expert, root: Path) -> Spec:
     try:
-        return derived(_config(expert.checkpoint), root)
+        return derive_cached(_config(expert.checkpoint), root)
     except MergeError as error:
         raise MergeError(error.what, where=f"{expert.label}, {error.where}", hint=error.hint) from error
 
@@ -187,7 +189,7 @@ def _layout(axis: Sequence[Factor]) -> list[Any]:
 
 
 def _renamed(spec: Spec, known: Mapping[str, str], common: Spec, sizes: Mapping[str, tuple[int, ...]]) -> Spec:
-    """An expert's spec with the common groups; what only its head has stays as it is."""
+    """An expert's spec with the common groups; groups of its head alone are frozen."""
 
     def factor(own: Factor) -> Factor:
         if own.parts:

@@ -1,8 +1,8 @@
 """Three models that span a plane in weight space, and the models that lie on it.
 
-The corners are two experts and their merge. The merge lies where alignment put it, the second expert in its own order
-of units: what lies between them is the hill that alignment went around. Heads move with their backbone: at either
-expert both heads stand in that expert's own units.
+The corners are two experts and their merge. The merge is in the common order of units, the second expert in its own:
+between them lies the loss barrier that alignment removes. Heads are permuted with their backbone: at either expert both
+heads are in that expert's own order.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modelweld.alignment.models import BASE, members_of
-from modelweld.alignment.record import DOCUMENT, PLACES
+from modelweld.alignment.models import BASE, models_of
+from modelweld.alignment.record import ASSIGNMENTS, DOCUMENT
 from modelweld.checkpoints import Checkpoint
 from modelweld.config.align import Align
 from modelweld.engine import Inputs
@@ -33,10 +33,10 @@ _ON_THE_LINE = 1e-3
 
 @dataclass(frozen=True)
 class Order:
-    """How two experts' units were brought to the common order of a merge: each one's spec and permutations."""
+    """The common order of a merge for two experts: each one's spec and permutations."""
 
     specs: tuple[Spec, Spec]
-    places: tuple[Permutations, Permutations]
+    permutations: tuple[Permutations, Permutations]
 
     @classmethod
     def of(cls, settings: Align, inputs: Inputs, merged: Path, root: Path) -> Order:
@@ -49,20 +49,20 @@ class Order:
             )
         if not document["groups"]:
             return cls((NOTHING, NOTHING), ({}, {}))
-        one, other = members_of(settings, inputs, root)[1][:2]
-        stored = load_file(merged / PLACES)
-        places = [
-            {group: stored[f"{member.label}/{group}"].long() for group in document["groups"]} for member in (one, other)
+        one, other = models_of(settings, inputs, root)[1][:2]
+        stored = load_file(merged / ASSIGNMENTS)
+        found = [
+            {group: stored[f"{model.label}/{group}"].long() for group in document["groups"]} for model in (one, other)
         ]
-        return cls((one.spec, other.spec), (places[0], places[1]))
+        return cls((one.spec, other.spec), (found[0], found[1]))
 
     def common(self, expert: int, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the first (0) or second (1) expert in the common order."""
-        return self.specs[expert].apply_to(name, tensor, self.places[expert])
+        return self.specs[expert].apply_to(name, tensor, self.permutations[expert])
 
     def as_second(self, expert: int, name: str, tensor: Tensor) -> Tensor:
         """A tensor that is in the common order, in that of the second expert's own units."""
-        return self.specs[expert].apply_to(name, tensor, self.specs[1].invert(self.places[1]))
+        return self.specs[expert].apply_to(name, tensor, self.specs[1].invert(self.permutations[1]))
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _head(order: Order, number: int, expert: Expert) -> dict[str, Tensor]:
 
 
 def _triangle(first: Corner, second: Corner, third: Corner) -> tuple[float, float, float]:
-    """How far the second corner is from the first, and where the third lies beside that line."""
+    """The second corner's distance from the first, and the third's coordinates along and off that line."""
     right = math.sqrt(_product(second, second, first))
     if right == 0.0:
         return 0.0, 0.0, 0.0
@@ -171,6 +171,6 @@ def _coordinates(
 
 
 def _product(one: Corner, other: Corner, origin: Corner) -> float:
-    """The inner product of two differences from `origin`; batch statistics are no place in weight space."""
+    """The inner product of two differences from `origin`; batch statistics are no coordinates of weight space."""
     names = (name for name in origin.backbone if not name.endswith(STATISTICS))
     return sum(float(one.away(origin, name) @ other.away(origin, name)) for name in names)

@@ -1,4 +1,4 @@
-"""What an alignment leaves behind: its document, where each unit went, and what a person is told."""
+"""What an alignment writes: its document, the assignment of every unit, and notes for people."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from modelweld.alignment.batch_statistics import repairs
-from modelweld.alignment.models import Member
+from modelweld.alignment.batch_statistics import recomputes_statistics
+from modelweld.alignment.models import AlignedModel
 from modelweld.alignment.scoring import STAND_IN
 from modelweld.alignment.search import Found
 from modelweld.checkpoints.folding import Folded
@@ -24,10 +24,10 @@ from modelweld.symmetry import Spec
 from modelweld.symmetry.families import STATISTICS
 
 DOCUMENT = "alignment.json"
-PLACES = "alignment.safetensors"
+ASSIGNMENTS = "alignment.safetensors"
 ALIGNED_ALREADY = 0.999
 _DIGITS = 6
-_TOLD = (
+_IN_MANIFEST = (
     "mode",
     "alpha",
     "alpha_curve",
@@ -45,37 +45,37 @@ _TOLD = (
 
 @dataclass(frozen=True)
 class Aligned:
-    """Inputs in one order, and the record of how they came there."""
+    """Inputs with all units in one order, and the record of how they were matched."""
 
     inputs: Inputs
     document: Mapping[str, Any]
-    places: Mapping[str, Tensor]
+    assignments: Mapping[str, Tensor]
     notes: tuple[str, ...]
 
     def digest(self) -> str:
-        """BLAKE3 over what was matched to what."""
+        """BLAKE3 over the document and all assignments."""
         hasher = blake3(json.dumps(self.document, sort_keys=True).encode())
-        for name, place in sorted(self.places.items()):
-            hasher.update(f"{name}\0".encode() + place.numpy().tobytes())
+        for name, assignment in sorted(self.assignments.items()):
+            hasher.update(f"{name}\0".encode() + assignment.numpy().tobytes())
         return str(hasher.hexdigest())
 
     def in_manifest(self, manifest: Mapping[str, Any], repair: Mapping[str, Any] | None) -> dict[str, Any]:
         """The manifest with what was aligned and repaired. The digest of the matching stands for rows and paths."""
-        recipe = {**manifest["recipe"], "align": _without_places(manifest["recipe"]["align"])}
-        told = {key: self.document[key] for key in _TOLD} | {"digest": self.digest()}
+        recipe = {**manifest["recipe"], "align": _without_paths(manifest["recipe"]["align"])}
+        told = {key: self.document[key] for key in _IN_MANIFEST} | {"digest": self.digest()}
         return {**manifest, "recipe": recipe, "alignment": told, "repair": repair}
 
     def write(self, tree: Path) -> None:
         """Put alignment.json and alignment.safetensors into a merged directory."""
         text = json.dumps(self.document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         (tree / DOCUMENT).write_text(text + "\n", encoding="utf-8")
-        write_tensors(tree / PLACES, dict(self.places), {})
+        write_tensors(tree / ASSIGNMENTS, dict(self.assignments), {})
 
 
 def document_of(
-    settings: Align, method_name: str, common: Spec, members: Sequence[Member], found: Found
+    settings: Align, method_name: str, common: Spec, models: Sequence[AlignedModel], found: Found
 ) -> dict[str, Any]:
-    """alignment.json: what was done and what it gave, without clocks."""
+    """alignment.json: settings, results and errors of the alignment, without clocks."""
     placement, curve = found.placement, found.curve
     shares, share = placement.identity_shares(), placement.identity_share()
     groups = {
@@ -93,24 +93,24 @@ def document_of(
         "alpha": found.alpha,
         "alpha_curve": None if curve is None else {f"{key:g}": round(score, _DIGITS) for key, score in curve.items()},
         "alpha_scored_by": None if curve is None else STAND_IN.method if found.stood_in else method_name,
-        "models": [member.label for member in members],
-        "order_of": members[0].label,
-        "folded": [member.label for member in members if isinstance(member.checkpoint, Folded)],
+        "models": [model.label for model in models],
+        "order_of": models[0].label,
+        "folded": [model.label for model in models if isinstance(model.checkpoint, Folded)],
         "objective": round(placement.objective, _DIGITS),
         "trace": [round(value, _DIGITS) for value in placement.trace],
         "identity_share": round(share, _DIGITS),
         "aligned_already": share >= ALIGNED_ALREADY,
         "groups": groups,
         "symmetry_digest": blake3(common.to_json().encode()).hexdigest(),
-        "proof_error": {label: float(f"{error:.0e}") for label, error in found.proofs.items()},
+        "proof_error": {label: float(f"{error:.0e}") for label, error in found.invariance_errors.items()},
         "preservation_error": {label: float(f"{error:.0e}") for label, error in found.preserved.items()},
         "calibration": found.calibration,
-        "similarity": list(found.likeness),
+        "similarity": list(found.similarity),
     }
 
 
-def unmoved(settings: Align, inputs: Inputs, why: str) -> Aligned:
-    """The inputs as they are, with the record of an alignment that has nothing to move, or was not to move anything."""
+def identity_alignment(settings: Align, inputs: Inputs, why: str) -> Aligned:
+    """The inputs unchanged, with the record of an alignment that permutes nothing."""
     labels = [expert.label for expert in inputs.experts]
     document: dict[str, Any] = {
         "version": 1,
@@ -135,32 +135,32 @@ def unmoved(settings: Align, inputs: Inputs, why: str) -> Aligned:
     return Aligned(inputs, document, {}, (why,))
 
 
-def places_of(members: Sequence[Member], found: Found) -> dict[str, Tensor]:
-    """By model and group, as `<label>/<group>`, where units went: alignment.safetensors."""
+def assignments_of(models: Sequence[AlignedModel], found: Found) -> dict[str, Tensor]:
+    """By model and group, as `<label>/<group>`, the assignment of its units: alignment.safetensors."""
     return {
-        f"{member.label}/{name}": place.to(torch.int32).contiguous()
-        for member, own in zip(members, found.placement.placed.places, strict=True)
-        for name, place in own.items()
+        f"{model.label}/{name}": assignment.to(torch.int32).contiguous()
+        for model, own in zip(models, found.placement.placed.assignments, strict=True)
+        for name, assignment in own.items()
     }
 
 
 def note_of(document: Mapping[str, Any]) -> str:
-    """What a person is told of the alignment."""
+    """One line for people about the alignment."""
     if document["aligned_already"]:
         return "the models are aligned already (units stay where they are): alignment changes nothing"
     return f"{document['identity_share']:.1%} of the units stay where they are in the order of {document['order_of']}"
 
 
 def with_warnings(found: Aligned, settings: Align, plan: Plan) -> Aligned:
-    """The same, with a word about what was left as it is."""
+    """The same, with a note if batch statistics are averaged rather than recomputed."""
     notes = list(found.notes)
-    if any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors) and not repairs(settings, plan):
-        notes.append("batch statistics are averages: name calibration rows to have them computed anew")
+    if any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors) and not recomputes_statistics(settings, plan):
+        notes.append("batch statistics are averages: name calibration rows to have them recomputed")
     return replace(found, notes=tuple(notes))
 
 
-def _without_places(align: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The `align:` section without the places of its files, which differ from machine to machine."""
+def _without_paths(align: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The `align:` section without the paths of its files, which differ from machine to machine."""
     if align is None:
         return None
     named = {key: sorted(align[key]) if align[key] else None for key in ("calibration", "validation")}

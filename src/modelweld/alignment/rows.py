@@ -41,7 +41,7 @@ class Calibration:
 def calibration_of(settings: Align, inputs: Inputs) -> Calibration:
     """The calibration rows, drawn evenly over their sets by the seed, as the models take their inputs.
 
-    Raises MergeError for too few of them, ConfigError for texts beside images, InputError for what cannot be read.
+    Raises MergeError for too few of them, ConfigError for both texts and images, InputError for what cannot be read.
     """
     named = dict(sorted((settings.calibration or {}).items()))
     if len({rows.image is None for rows in named.values()}) > 1:
@@ -81,21 +81,21 @@ def call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def accuracy_on(rows: Rows, settings: Align, task: str, expert: Expert, inputs: Inputs) -> Callable[[Any], float]:
-    """What gives a model's accuracy on the first validation rows of a task, in the classes of that task's expert."""
+    """A function from a model to its accuracy on validation rows of a task, in the classes of that task's expert."""
     space = LabelSpace.from_config(expert.checkpoint.config, str(expert.checkpoint.path))
-    how = Settings(settings.max_length, _VALIDATION_TOKENS, choose_device("cpu"))
+    limits = Settings(settings.max_length, _VALIDATION_TOKENS, choose_device("cpu"))
     where = f"validation rows of {task}"
 
-    pick = partial(drawn, wanted=settings.validation_rows, seed=settings.seed)
+    pick = partial(draw, wanted=settings.validation_rows, seed=settings.seed)
     if rows.image is not None:
         pictures = read_images(rows.dataset, rows.split, rows.image, rows.label, pick)
-        looks, right = (
+        preprocessors, right = (
             preprocessing(*_folders(inputs.reference.path, expert.checkpoint.path)),
             space.encode(pictures, task),
         )
 
         def seen(model: Any) -> float:
-            logits = image_logits(model, looks, pictures.images, how, lambda _: None, where)
+            logits = image_logits(model, preprocessors, pictures.images, limits, lambda _: None, where)
             return float((logits.argmax(axis=1) == right).mean())
 
         return seen
@@ -106,13 +106,13 @@ def accuracy_on(rows: Rows, settings: Align, task: str, expert: Expert, inputs: 
     encoded = encode(tokenizer, chosen.texts, settings.max_length)
 
     def read(model: Any) -> float:
-        guessed = predict(model, tokenizer, encoded, how, lambda _: None, where)
+        guessed = predict(model, tokenizer, encoded, limits, lambda _: None, where)
         return float((guessed.classes == truth).mean())
 
     return read
 
 
-def drawn(count: int, wanted: int, seed: int) -> list[int]:
+def draw(count: int, wanted: int, seed: int) -> list[int]:
     """`wanted` of `count` row numbers in rising order, by the seed; all where there are no more."""
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())
@@ -135,7 +135,7 @@ def _texts(settings: Align, shares: _Shares, inputs: Inputs) -> tuple[Batches, l
     texts: list[str] = []
     for rows, share in shares:
         every = read_set(rows.dataset, rows.split, rows.text, rows.text)
-        texts += [every.texts[row] for row in drawn(len(every), share, settings.seed)]
+        texts += [every.texts[row] for row in draw(len(every), share, settings.seed)]
 
     def batches() -> list[dict[str, Tensor]]:
         if not any((inputs.reference.path / name).is_file() for name in TOKENIZER_FILES):
@@ -161,17 +161,17 @@ def _images(settings: Align, shares: _Shares, inputs: Inputs) -> tuple[Batches, 
     """Images of all sets mixed, in batches of like size: batch statistics are wrong where a batch is all one task."""
     pictures: list[Any] = []
     for rows, share in shares:
-        pick = partial(drawn, wanted=share, seed=settings.seed)
+        pick = partial(draw, wanted=share, seed=settings.seed)
         pictures += read_unlabelled(rows.dataset, rows.split, str(rows.image), pick)
 
     def batches() -> list[dict[str, Tensor]]:
         experts = [expert.checkpoint.path for expert in inputs.experts]
-        looks = preprocessing(*_folders(inputs.reference.path, *experts))
+        preprocessors = preprocessing(*_folders(inputs.reference.path, *experts))
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(settings.seed))
         made, first = [], 0
         for part in order.chunk(-(-len(pictures) // IMAGE_BATCH)):
             chosen = [pictures[row] for row in part.tolist()]
-            made.append({"pixel_values": looks.batch(chosen, first, "align.calibration")})
+            made.append({"pixel_values": preprocessors.batch(chosen, first, "align.calibration")})
             first += len(chosen)
         return made
 

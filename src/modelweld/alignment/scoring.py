@@ -1,4 +1,4 @@
-"""How good a value of alpha is: the merge that it leads to, made in memory and scored on validation rows."""
+"""Scores of values of alpha: the merge that each gives, made in memory and evaluated on validation rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelweld.alignment.batch_statistics import recompute_statistics, repairs
-from modelweld.alignment.models import Member
+from modelweld.alignment.batch_statistics import recompute_statistics, recomputes_statistics
+from modelweld.alignment.models import AlignedModel
 from modelweld.alignment.rows import Calibration, accuracy_on
 from modelweld.alignment.views import placed_inputs
 from modelweld.checkpoints.buffers import bytes_of
@@ -27,7 +27,7 @@ from modelweld.errors import ConfigError
 from modelweld.methods.registry import method
 from modelweld.symmetry import Alignment, Zipped
 
-# About a minute of factorising here; a method that takes longer over the whole curve is stood in for by the mean.
+# About a minute of factorising here; instead of a method that takes longer for the whole curve, the mean is scored.
 AFFORDABLE_FLOPS = 2e12
 STAND_IN = Linear()
 
@@ -41,24 +41,24 @@ class _Trial:
 
 
 class Scorer:
-    """Scores of merges by alpha on the validation rows. The models it is given are overwritten."""
+    """Scores of merges by alpha on the validation rows. The modules it is given are overwritten."""
 
     def __init__(
         self,
         settings: Align,
         plan: Plan,
-        members: Sequence[Member],
-        models: Sequence[nn.Module],
+        models: Sequence[AlignedModel],
+        modules: Sequence[nn.Module],
         inputs: Inputs,
         calibration: Calibration,
     ) -> None:
-        self._settings, self._members, self._inputs = settings, members, inputs
-        labels = [member.label for member in members]
-        self._models = [models[labels.index(expert.label)] for expert in inputs.experts]
-        self._modules = [members[labels.index(expert.label)].modules for expert in inputs.experts]
+        self._settings, self._models, self._inputs = settings, models, inputs
+        labels = [model.label for model in models]
+        self._modules = [modules[labels.index(expert.label)] for expert in inputs.experts]
+        self._module_names = [models[labels.index(expert.label)].module_names for expert in inputs.experts]
         self._trials = _trials(settings, inputs)
         self._plan = affordable(plan, len(inputs.experts), len(settings.grid))
-        self._calibration = calibration if repairs(settings, plan) else None
+        self._calibration = calibration if recomputes_statistics(settings, plan) else None
 
     def curve(self, match: Callable[[float], Alignment | Zipped]) -> dict[float, float]:
         """By alpha, the mean accuracy over tasks of the merge of the aligned set."""
@@ -66,24 +66,23 @@ class Scorer:
 
     @property
     def stood_in(self) -> bool:
-        """Whether a method that is too slow to try was stood in for by the (weighted) mean."""
+        """Whether the (weighted) mean was scored instead of a method that is too slow to try."""
         return any(tensor.parameters is STAND_IN for tensor in self._plan.tensors)
 
     def _score(self, found: Alignment | Zipped) -> float:
-        views = placed_inputs(self._inputs, self._members, found.placed)
+        views = placed_inputs(self._inputs, self._models, found.placed)
         merged = merged_backbone(self._plan, views)
         scores = []
         for trial in self._trials:
-            model, expert = self._models[trial.expert], views.experts[trial.expert]
+            module, expert = self._modules[trial.expert], views.experts[trial.expert]
             names = expert.name_map.names
             state = {names[name]: tensor for name, tensor in merged.items() if name in names}
             state |= {name: expert.checkpoint.read(name) for name in expert.name_map.head}
-            modules = self._modules[trial.expert]
-            live = {modules[name]: tensor for name, tensor in state.items() if name in modules}
-            model.load_state_dict(live, strict=False)
+            own = self._module_names[trial.expert]
+            module.load_state_dict({own[name]: tensor for name, tensor in state.items() if name in own}, strict=False)
             if self._calibration is not None:
-                recompute_statistics(model, self._calibration)
-            scores.append(trial.accuracy(model))
+                recompute_statistics(module, self._calibration)
+            scores.append(trial.accuracy(module))
         return sum(scores) / len(scores)
 
 
@@ -92,14 +91,14 @@ def merged_backbone(plan: Plan, inputs: Inputs) -> dict[str, Tensor]:
     worker = Worker(inputs, torch.device("cpu"), threading.Event(), lambda _: None)
     slots, merged = plan.layout.slots, {}
     for tensor in plan.tensors:
-        out = _Memory(slots[tensor.name])
+        out = _InMemory(slots[tensor.name])
         worker.make(tensor, slots[tensor.name], out)
         merged[tensor.name] = out.tensor
     return merged
 
 
 def affordable(plan: Plan, experts: int, times: int) -> Plan:
-    """The plan, or where its matrix methods would take too long that many times, one with the mean in their place."""
+    """The plan, or if its matrix methods would take too long that many times, one with the mean in their place."""
 
     def slow(tensor: TensorPlan) -> bool:
         return tensor.parameters is not None and method(tensor.parameters.method).whole_matrix
@@ -111,8 +110,8 @@ def affordable(plan: Plan, experts: int, times: int) -> Plan:
     return replace(plan, tensors=tuple(replace(t, **plain) if slow(t) else t for t in plan.tensors))
 
 
-class _Memory:
-    """A tensor's bytes, kept."""
+class _InMemory:
+    """A tensor that is written in memory."""
 
     def __init__(self, slot: Slot) -> None:
         self._raw = torch.empty(slot.nbytes, dtype=torch.uint8)

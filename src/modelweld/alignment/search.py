@@ -1,4 +1,4 @@
-"""One alignment: symmetries proved, activations collected once, units matched, and the result checked on the models."""
+"""One alignment: check symmetries, collect activations once, match units, and check the result on the models."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modelweld.alignment.models import Member, load, proved
+from modelweld.alignment.models import AlignedModel, check_model, load
 from modelweld.alignment.rows import Calibration, calibration_of, call_of
 from modelweld.alignment.scoring import Scorer
-from modelweld.alignment.unit_similarity import likeness
+from modelweld.alignment.unit_similarity import unit_similarity
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan
 from modelweld.errors import ConfigError, MergeError
@@ -26,10 +26,10 @@ from modelweld.symmetry.view import Stored
 
 @dataclass(frozen=True)
 class Found:
-    """Where units go, the alpha that was used and how it scored beside others, and how exact it all is.
+    """The assignment of units, the alpha that was used, the scores of all values tried, and numerical errors.
 
-    `stood_in`: the curve is that of the mean, because the recipe's method takes too long to be tried. `likeness` shows
-    some groups' similarities before and after.
+    `stood_in`: the curve is that of the mean, because the recipe's method takes too long to be tried. `similarity`
+    holds some groups' similarities before and after.
     """
 
     placement: Alignment | Zipped
@@ -37,37 +37,37 @@ class Found:
     curve: Mapping[float, float] | None
     stood_in: bool
     calibration: Mapping[str, Any] | None
-    proofs: Mapping[str, float]
+    invariance_errors: Mapping[str, float]
     preserved: Mapping[str, float]
-    likeness: Sequence[Mapping[str, Any]]
+    similarity: Sequence[Mapping[str, Any]]
 
 
 def search(
-    settings: Align, plan: Plan, common: Spec, members: Sequence[Member], inputs: Inputs, scratch: Path
+    settings: Align, plan: Plan, common: Spec, models: Sequence[AlignedModel], inputs: Inputs, scratch: Path
 ) -> Found:
-    """The alignment of `members`. Models that calibration rows are run on are in memory together, others one by one.
+    """The alignment of `models`. Models that run on calibration rows are in memory together, others one by one.
 
-    What the rows showed is kept in `scratch` until the units are matched. Raises ConfigError for rows that the settings
-    need and do not name, MergeError for a symmetry that does not hold.
+    Sums over the rows are stored in `scratch` until the units are matched. Raises ConfigError for rows that the
+    settings need and do not name, MergeError for a symmetry that does not hold.
     """
     wants = _wants_activations(settings)
     calibration = calibration_of(settings, inputs) if wants else None
-    models: list[nn.Module] = []
-    proofs: dict[str, float] = {}
-    for member in members:
-        model = load(member, inputs)
-        proofs[member.label] = proved(model, member)
+    modules: list[nn.Module] = []
+    checked: dict[str, float] = {}
+    for model in models:
+        module = load(model, inputs)
+        checked[model.label] = check_model(module, model)
         if calibration is not None:
-            models.append(model)
-        del model
-    activations = _observed(settings, members, models, calibration, scratch) if calibration is not None else {}
+            modules.append(module)
+        del module
+    activations = _observed(settings, models, modules, calibration, scratch) if calibration is not None else {}
     if settings.alpha != "auto":
         # Only a search for alpha runs them again.
-        models.clear()
-    match = _matcher(settings, common, members, activations)
+        modules.clear()
+    match = _matcher(settings, common, models, activations)
     curve, stood_in = None, False
     if settings.alpha == "auto" and calibration is not None:
-        scorer = Scorer(settings, plan, members, models, inputs, calibration)
+        scorer = Scorer(settings, plan, models, modules, inputs, calibration)
         curve, stood_in = scorer.curve(match), scorer.stood_in
         alpha = max(curve, key=lambda value: (curve[value], -abs(value - 0.5)))
     elif settings.space == "activations":
@@ -75,11 +75,11 @@ def search(
     else:
         alpha = settings.alpha if wants and settings.alpha != "auto" else 1.0
     placement = match(alpha)
-    shown = likeness(common, members, activations, alpha, placement) if isinstance(placement, Alignment) else []
-    del models, activations, match
-    preserved = _preserved(placement, members, inputs) if isinstance(placement, Alignment) else {}
+    shown = unit_similarity(common, models, activations, alpha, placement) if isinstance(placement, Alignment) else []
+    del modules, activations, match
+    preserved = _preserved(placement, models, inputs) if isinstance(placement, Alignment) else {}
     record = calibration.record if calibration else None
-    return Found(placement, alpha, curve, stood_in, record, proofs, preserved, shown)
+    return Found(placement, alpha, curve, stood_in, record, checked, preserved, shown)
 
 
 def _wants_activations(settings: Align) -> bool:
@@ -98,40 +98,44 @@ def _wants_activations(settings: Align) -> bool:
 
 
 def _matcher(
-    settings: Align, common: Spec, members: Sequence[Member], activations: Mapping[str, Tensor]
+    settings: Align, common: Spec, models: Sequence[AlignedModel], activations: Mapping[str, Tensor]
 ) -> Callable[[float], Alignment | Zipped]:
-    states = [Stored(member.checkpoint, member.names) for member in members]
+    states = [Stored(model.checkpoint, model.names) for model in models]
     options: dict[str, Any] = {"seed": settings.seed, "patience": settings.patience, "sweeps": settings.sweeps}
     if settings.mode == "align":
         return lambda alpha: align(states, common, activations, alpha, **options)
-    zipped = partial(zip_models, inside=settings.inside, budget=settings.budget)
+    zipped = partial(zip_models, beta=settings.beta, budget=settings.budget)
     return lambda alpha: zipped(states, common, activations, alpha, **options)
 
 
 def _observed(
-    settings: Align, members: Sequence[Member], models: Sequence[nn.Module], calibration: Calibration, scratch: Path
+    settings: Align,
+    models: Sequence[AlignedModel],
+    modules: Sequence[nn.Module],
+    calibration: Calibration,
+    scratch: Path,
 ) -> Mapping[str, Tensor]:
-    first = members[0]
-    for member, model in zip(members, models, strict=True):
-        if type(model) is not type(models[0]):
+    first = models[0]
+    for model, module in zip(models, modules, strict=True):
+        if type(module) is not type(modules[0]):
             raise MergeError(
-                f"{member.label} is a {type(model).__name__}, {first.label} a {type(models[0]).__name__}",
+                f"{model.label} is a {type(module).__name__}, {first.label} a {type(modules[0]).__name__}",
                 where="align",
                 hint="align by weights alone: space: weights",
             )
-    calls = [call_of(models[0], batch) for batch in calibration.batches]
-    return observe(models, first.live, calls, whole=settings.mode == "zip", scratch=scratch)
+    calls = [call_of(modules[0], batch) for batch in calibration.batches]
+    return observe(modules, first.module_spec, calls, whole=settings.mode == "zip", scratch=scratch)
 
 
-def _preserved(found: Alignment, members: Sequence[Member], inputs: Inputs) -> dict[str, float]:
-    """By model, how far the permutations that were found move its outputs; MergeError where they do."""
+def _preserved(found: Alignment, models: Sequence[AlignedModel], inputs: Inputs) -> dict[str, float]:
+    """By model, the relative output error under the permutations that were found; MergeError if it is too large."""
     preserved = {}
-    for member, permutations in zip(members, found.permutations, strict=True):
-        model = load(member, inputs)
-        error = output_error(model, member.live, example_inputs(model), permutations)
-        preserved[member.label] = error
+    for model, permutations in zip(models, found.permutations, strict=True):
+        module = load(model, inputs)
+        error = output_error(module, model.module_spec, example_inputs(module), permutations)
+        preserved[model.label] = error
         if error >= TOLERANCE:
             raise MergeError(
-                f"its alignment changes what it computes by {error:.1e}", where=member.label, hint="report this"
+                f"its alignment changes what it computes by {error:.1e}", where=model.label, hint="report this"
             )
     return preserved

@@ -1,4 +1,4 @@
-"""The symmetries of a model on disk: derived once for each config and each release of transformers."""
+"""Symmetry specs of models on disk: derived once per config and release of transformers, or read from a file."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ def symmetry_of(model: Path, root: Path) -> Symmetry:
         message = str(error).strip().splitlines()[0]
         raise ConfigError(f"transformers knows no such architecture: {message}", where=str(file)) from error
     names = getattr(config, "architectures", None) or [type(config).__name__]
-    return Symmetry(str(names[0]), derived(config, root))
+    return Symmetry(str(names[0]), derive_cached(config, root))
 
 
-def derived(config: Any, root: Path) -> Spec:
-    """The spec of a transformers config: from the cache below `root`, or derived and put there."""
+def derive_cached(config: Any, root: Path) -> Spec:
+    """The spec of a transformers config: from the cache below `root`, or derived and stored there."""
     file = root / CACHE / f"{_key(config)}.json"
     if file.is_file():
         try:
             return Spec.from_json(file.read_text(encoding="utf-8"))
         except (ValueError, MergeError):
-            # A file that was cut short is derived again, and written anew below.
+            # A file that was cut short is derived and written again below.
             file.unlink()
     text = derive_spec(config).to_json()
     with disk_errors(file):
@@ -98,12 +98,12 @@ def derived(config: Any, root: Path) -> Spec:
         part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(text, encoding="utf-8")
         part.replace(file)
-    # As the cache gives it: units are matched group by group, so another order of groups is another merge.
+    # As the cache gives it: units are matched group by group, so groups in another order give another merge.
     return Spec.from_json(text)
 
 
-def given(file: Path) -> Spec:
-    """The spec that somebody wrote by hand; MergeError for a file that is none, or whose groups do not fit."""
+def load_spec(file: Path) -> Spec:
+    """The spec in a file written by hand; MergeError for a file that is none, or whose groups do not fit."""
     hint = "`modelweld symmetry MODEL --spec FILE` writes one to start from"
     try:
         return Spec.from_json(file.read_text(encoding="utf-8"))

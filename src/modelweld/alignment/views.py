@@ -1,4 +1,4 @@
-"""A plan's inputs seen through a placement: every expert's units in their place, tensor by tensor as they are read."""
+"""A plan's inputs with every expert's units in the common order, permuted tensor by tensor as they are read."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from modelweld.alignment.models import Member, moves
+from modelweld.alignment.models import AlignedModel, moves
 from modelweld.engine import Inputs
-from modelweld.symmetry.placements import Folded, Permuted
+from modelweld.symmetry.placements import Clustered, Permuted
 from modelweld.symmetry.view import AlignedCheckpoint
 
 
-def placed_inputs(inputs: Inputs, members: Sequence[Member], placed: Permuted | Folded) -> Inputs:
-    """The inputs with every expert seen through its placement; the base stays as it is."""
-    positions = {member.label: position for position, member in enumerate(members)}
+def placed_inputs(inputs: Inputs, models: Sequence[AlignedModel], placed: Permuted | Clustered) -> Inputs:
+    """The inputs with every expert in the common order; the base stays as it is."""
+    positions = {model.label: position for position, model in enumerate(models)}
     experts = []
     for expert in inputs.experts:
         position = positions[expert.label]
-        experts.append(replace(expert, checkpoint=_view(members[position], placed, position)))
+        experts.append(replace(expert, checkpoint=_view(models[position], placed, position)))
     return replace(inputs, experts=tuple(experts))
 
 
-def _view(member: Member, placed: Permuted | Folded, position: int) -> AlignedCheckpoint:
-    own = replace(placed, spec=member.spec)
+def _view(model: AlignedModel, placed: Permuted | Clustered, position: int) -> AlignedCheckpoint:
+    own = replace(placed, spec=model.spec)
     moved = [
         name
-        for name, axes in member.spec.axes.items()
-        if name in member.checkpoint.tensors and moves(axes) and member.checkpoint.tensors[name].dtype.is_floating_point
+        for name, axes in model.spec.axes.items()
+        if name in model.checkpoint.tensors and moves(axes) and model.checkpoint.tensors[name].dtype.is_floating_point
     ]
     if isinstance(placed, Permuted):
-        return AlignedCheckpoint(member.checkpoint, partial(_permuted, own, position), moved)
-    return AlignedCheckpoint(member.checkpoint, partial(_folded, own, position), moved, torch.float32)
+        return AlignedCheckpoint(model.checkpoint, partial(_permuted, own, position), moved)
+    return AlignedCheckpoint(model.checkpoint, partial(_clustered, own, position), moved, torch.float32)
 
 
-def _permuted(placed: Permuted | Folded, position: int, name: str, tensor: Tensor) -> Tensor:
+def _permuted(placed: Permuted | Clustered, position: int, name: str, tensor: Tensor) -> Tensor:
     return placed.tensor(name, tensor, position)
 
 
-def _folded(placed: Permuted | Folded, position: int, name: str, tensor: Tensor) -> Tensor:
+def _clustered(placed: Permuted | Clustered, position: int, name: str, tensor: Tensor) -> Tensor:
     return placed.tensor(name, tensor.double(), position)

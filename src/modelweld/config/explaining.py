@@ -91,8 +91,10 @@ def _without_other_branches(findings: Sequence[_Finding]) -> list[_Finding]:
         beside = {other.kind for other in others if other.place == finding.place}
         is_word = isinstance(finding.value, str)
         if finding.kind != "literal_error":
-            if not (is_word and "literal_error" in beside):
+            if not (is_word and "literal_error" in beside and finding.kind != "finite_number"):
                 kept.append(finding)
+        elif "finite_number" in beside:
+            continue
         elif "float_parsing" in beside:
             words = finding.message.removeprefix("Input should be ")
             kept.append(replace(finding, message=f"Input should be a number or {words}"))

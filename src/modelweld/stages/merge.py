@@ -97,9 +97,9 @@ def merge(
         alignment = None
         if recipe.alignment is not None:
             # Here, because it brings along solvers and the evaluation, which other merges need not wait for.
-            from modelweld.alignment import aligned, repaired
+            from modelweld.alignment import align_inputs, with_recomputed_statistics
 
-            alignment = aligned(recipe, plan, inputs, root or Path())
+            alignment = align_inputs(recipe, plan, inputs, root or Path())
             inputs, plan = alignment.inputs, replace(plan, notes=(*plan.notes, *alignment.notes))
         matched = time.perf_counter()
         # An interrupted merge goes on only where units were matched to the same ones.
@@ -119,7 +119,7 @@ def merge(
             repair = None
             if alignment is not None:
                 alignment.write(tree)
-                execution, repair = repaired(recipe, plan, inputs, tree, execution)
+                execution, repair = with_recomputed_statistics(recipe, plan, inputs, tree, execution)
             document = manifest.build(
                 recipe, plan, inputs, execution, tree, device=placement.kind, sources=sources, sha256=sha256
             )

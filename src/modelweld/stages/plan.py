@@ -26,7 +26,7 @@ from modelweld.errors import DiskFull, MergeError
 from modelweld.stages.sighting import sighted
 
 if TYPE_CHECKING:
-    from modelweld.alignment.cost import Price
+    from modelweld.alignment.cost import AlignmentCost
 
 _GB = 1e9
 
@@ -55,7 +55,7 @@ class Foresight:
     seen: Mapping[str, str] = field(default_factory=dict)
     baseline_bytes: int = 0
     cache_bytes: int = 0
-    alignment: Price | None = None
+    alignment: AlignmentCost | None = None
 
     def document(self) -> dict[str, Any]:
         """Everything for machines, tensor by tensor."""
@@ -226,13 +226,13 @@ def _written(recipe: Recipe) -> int:
         return build(recipe, inputs).write_bytes
 
 
-def _alignment_cost(recipe: Recipe, built: Plan, inputs: Inputs) -> Price | None:
+def _alignment_cost(recipe: Recipe, built: Plan, inputs: Inputs) -> AlignmentCost | None:
     if recipe.alignment is None:
         return None
     # Here, because it brings along transformers and the solvers, which most plans do not need.
-    from modelweld.alignment.cost import price
+    from modelweld.alignment.cost import alignment_cost
 
-    return price(recipe, built, inputs, Path())
+    return alignment_cost(recipe, built, inputs, Path())
 
 
 def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory_limit: int | None) -> Foresight:

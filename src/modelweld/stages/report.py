@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modelweld.alignment import DOCUMENT
-from modelweld.alignment.landscape import kept_landscape, landscape
+from modelweld.alignment.landscape import landscape, stored_landscape
 from modelweld.checkpoints.checkpoint import read_json
 from modelweld.errors import InputError
 from modelweld.evaluation.scores import scoreboard
@@ -29,7 +29,7 @@ def report(root: Path, out: Path | None = None, name: str | None = None, *, step
     manifest = read(merged) if (merged / FILE).is_file() else None
     plane = None
     if manifest is not None:
-        plane = landscape(root / "params.yaml", root, steps=steps) if steps else kept_landscape(root)
+        plane = landscape(root / "params.yaml", root, steps=steps) if steps else stored_landscape(root)
     try:
         page = write_report(
             folder,

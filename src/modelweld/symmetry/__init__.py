@@ -1,4 +1,4 @@
-"""MuDSC's room: derive the permutation groups of a model, prove them, match the units of models, align.
+"""MuDSC's room: derive the permutation groups of a model, check_invariance them, match the units of models, align.
 
 `derive` finds the groups from the exported graph (`atoms` are its pieces, `rules` its knowledge of operations), `spec`
 holds and applies them, `proof` shows that they preserve the function. `align` matches: over `families` of groups, by
@@ -11,7 +11,7 @@ holds and applies them, `proof` shows that they preserve the function. `align` m
 
 from modelweld.symmetry.aligning import Alignment, Zipped, align, zip_models
 from modelweld.symmetry.derive import derive_spec
-from modelweld.symmetry.invariance import prove
+from modelweld.symmetry.invariance import check_invariance
 from modelweld.symmetry.spec import Factor, Group, Permutations, Spec
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "Spec",
     "Zipped",
     "align",
+    "check_invariance",
     "derive_spec",
-    "prove",
     "zip_models",
 ]

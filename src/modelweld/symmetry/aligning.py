@@ -1,7 +1,7 @@
-"""MuDSC's alignment: bring the units of every model to model 0's order, by weights and activations at once.
+"""MuDSC's alignment: permute the units of every model to model 0's order, by weights and activations at once.
 
-Families are matched one after the other in a seeded random order; each match uses what its neighbours are matched to
-by now. A sweep that does not raise the mean matched similarity is undone; `patience` such sweeps end the search.
+Families are matched one after the other in a seeded random order; each match uses the current assignment of its
+neighbours. A sweep that does not raise the mean matched similarity is undone; `patience` such sweeps end the search.
 Source: arXiv 2403.01753, algorithm 1; nested families and one head order for q, k, v and o are this project's.
 """
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
-from modelweld.symmetry.families import Family, Site, families
+from modelweld.symmetry.families import AxisUse, Family, families
 from modelweld.symmetry.matching import Matrix, match, match_nested
-from modelweld.symmetry.placements import Folded, Permuted
+from modelweld.symmetry.placements import Clustered, Permuted
 from modelweld.symmetry.similarity import between, weight_similarity
 from modelweld.symmetry.spec import Permutations, Spec
 from modelweld.symmetry.view import Stored
@@ -47,7 +47,7 @@ class Alignment:
 
     def identity_shares(self) -> dict[str, float]:
         """By group, the share of units of all models but the first that stay where they are."""
-        return _same_places(self.permutations)
+        return _identity_shares(self.permutations)
 
     def identity_share(self) -> float:
         """The same over all units: 1 for finetunes of one base."""
@@ -58,24 +58,24 @@ class Alignment:
 class Zipped:
     """`placed.tensor(name, tensor, i)` gives model i's tensor in the merged units; their mean is the merge."""
 
-    placed: Folded
+    placed: Clustered
     objective: float
     trace: tuple[float, ...] = ()
     matched: Mapping[str, float] = field(default_factory=dict)
 
     def identity_shares(self) -> dict[str, float]:
         """By group, the share of units that went where the first model's unit of the same number went."""
-        return _same_places(self.placed.places)
+        return _identity_shares(self.placed.assignments)
 
     def identity_share(self) -> float:
         """The same over all units: 1 for finetunes of one base."""
-        return _overall(self.identity_shares(), self.placed.places[0])
+        return _overall(self.identity_shares(), self.placed.assignments[0])
 
 
-def _same_places(places: Sequence[Permutations]) -> dict[str, float]:
+def _identity_shares(assignments: Sequence[Permutations]) -> dict[str, float]:
     return {
-        name: float(torch.stack([moved[name] == own for moved in places[1:]]).double().mean())
-        for name, own in places[0].items()
+        name: float(torch.stack([moved[name] == own for moved in assignments[1:]]).double().mean())
+        for name, own in assignments[0].items()
     }
 
 
@@ -107,7 +107,7 @@ def align(
         raise MergeError(f"alpha is {alpha}", hint="0 is activations alone, 1 is weights alone")
     search = _Align(state_dicts, spec, activations or {}, alpha, mode)
     objective, trace, matched = search.run(seed, patience, sweeps)
-    return Alignment(spec, tuple(search.placed.places), objective, trace, matched)
+    return Alignment(spec, tuple(search.placed.assignments), objective, trace, matched)
 
 
 def zip_models(
@@ -116,7 +116,7 @@ def zip_models(
     activations: Mapping[str, Tensor] | None = None,
     alpha: float = 0.5,
     *,
-    inside: float = 0.5,
+    beta: float = 0.5,
     budget: float = 1.0,
     seed: int = 0,
     patience: int = 5,
@@ -128,9 +128,9 @@ def zip_models(
     Source: ZipIt (arXiv 2305.03053) with MuDSC's dual similarity and iteration.
     """
     _same_shapes(state_dicts)
-    search = _Zip(inside, budget, state_dicts, spec, activations or {}, alpha, mode)
+    search = _Zip(beta, budget, state_dicts, spec, activations or {}, alpha, mode)
     objective, trace, matched = search.run(seed, patience, sweeps)
-    return Zipped(search.folded(search.placed.places), objective, trace, matched)
+    return Zipped(search.clustered(search.placed.assignments), objective, trace, matched)
 
 
 def _same_shapes(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
@@ -179,7 +179,7 @@ class _Search(ABC):
         self.version = dict.fromkeys(self.families, 0)
         self.seen: dict[str, tuple[tuple[int, ...], float]] = {}
         self.changes = 0
-        self.placed: Permuted | Folded = Permuted(spec, [spec.identity() for _ in states])
+        self.placed: Permuted | Clustered = Permuted(spec, [spec.identity() for _ in states])
 
     @abstractmethod
     def pair_up(self, family: Family, similarities: Mapping[str, Tensor | None]) -> tuple[list[Permutations], float]:
@@ -224,17 +224,17 @@ class _Search(ABC):
         waiting = dict(self.families)
         settled: set[str] = set()
 
-        def known(family: Family, member: str) -> list[Site]:
-            return [site for site in family.of(member) if site.beside <= settled]
+        def known(family: Family, member: str) -> list[AxisUse]:
+            return [use for use in family.of(member) if use.neighbours <= settled]
 
         def share(name: str) -> float:
-            everywhere = [site for member in waiting[name].members for site in waiting[name].of(member)]
-            seen = sum(site.features for member in waiting[name].members for site in known(waiting[name], member))
-            return seen / max(1, sum(site.features for site in everywhere))
+            everywhere = [use for member in waiting[name].members for use in waiting[name].of(member)]
+            seen = sum(use.features for member in waiting[name].members for use in known(waiting[name], member))
+            return seen / max(1, sum(use.features for use in everywhere))
 
         while waiting:
             family = waiting.pop(max(waiting, key=share))
-            self._place(
+            self._assign(
                 family,
                 {member: self._weights(family, member, known(family, member) or None) for member in family.members},
             )
@@ -246,33 +246,33 @@ class _Search(ABC):
         if alpha > 0.0 and known is not None and known[0] == around:
             # No neighbour moved since: the match would be the same.
             return known[1]
-        changed, value = self._place(family, {name: self._similarity(family, name, alpha) for name in family.members})
+        changed, value = self._assign(family, {name: self._similarity(family, name, alpha) for name in family.members})
         if changed:
             around = (*around[:-1], self.version[family.outer])
         if alpha > 0.0:
             self.seen[family.outer] = (around, value)
         return value
 
-    def _place(self, family: Family, similarities: Mapping[str, Tensor | None]) -> tuple[bool, float]:
-        """Match a family and put its units there; whether any moved, and the mean matched similarity."""
+    def _assign(self, family: Family, similarities: Mapping[str, Tensor | None]) -> tuple[bool, float]:
+        """Match a family and assign its units; whether any moved, and the mean matched similarity."""
         try:
             found, value = self.pair_up(family, similarities)
         except MergeError as error:
             raise MergeError(error.what, where=f"group {family.outer}", hint=error.hint) from error
-        places = self.placed.places
+        assignments = self.placed.assignments
         changed = False
-        for model, places_of_model in enumerate(found):
-            for name, place in places_of_model.items():
-                changed |= not torch.equal(place, places[model][name])
-                places[model][name] = place
+        for model, own in enumerate(found):
+            for name, assignment in own.items():
+                changed |= not torch.equal(assignment, assignments[model][name])
+                assignments[model][name] = assignment
         if changed:
             self.changes += 1
             self.version[family.outer] = self.changes
         return changed, value
 
-    def _weights(self, family: Family, member: str, sites: Sequence[Site] | None = None) -> Tensor | None:
+    def _weights(self, family: Family, member: str, uses: Sequence[AxisUse] | None = None) -> Tensor | None:
         return weight_similarity(
-            family, member, self.states, self.placed, sites=sites, concatenate=self.reference, whole=self.whole
+            family, member, self.states, self.placed, uses=uses, concatenate=self.reference, whole=self.whole
         )
 
     def _similarity(self, family: Family, member: str, alpha: float) -> Tensor | None:
@@ -321,8 +321,8 @@ class _Align(_Search):
                 inner[name] = similarity.reshape(elements, size, elements, size)
         if inner:
             nested = match_nested(inner, outer, stay=not self.reference)
-            places = {name: torch.from_numpy(order) for name, order in nested.inner.items()}
-            return {family.outer: torch.from_numpy(nested.outer), **places}, nested.value
+            inner_orders = {name: torch.from_numpy(order) for name, order in nested.inner.items()}
+            return {family.outer: torch.from_numpy(nested.outer), **inner_orders}, nested.value
         if outer is None:
             return {}, 0.0
         columns, value = match(outer, stay=not self.reference)
@@ -332,15 +332,15 @@ class _Align(_Search):
 class _Zip(_Align):
     whole = True
 
-    def __init__(self, inside: float, budget: float, *arguments: Any) -> None:
+    def __init__(self, beta: float, budget: float, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.nested = frozenset(family.outer for family in self.families.values() if family.inner)
-        self.inside, self.budget = inside, budget
+        self.beta, self.budget = beta, budget
         self.placed = self.folded([self.spec.identity() for _ in self.states])
 
-    def folded(self, places: list[Permutations]) -> Folded:
-        """The clusters that `places` stand for."""
-        return Folded(self.spec, places, self.nested, PAPER_SMOOTHING if self.reference else 0.0)
+    def clustered(self, assignments: list[Permutations]) -> Clustered:
+        """The clusters that the assignments describe."""
+        return Clustered(self.spec, assignments, self.nested, PAPER_SMOOTHING if self.reference else 0.0)
 
     def pair_up(self, family: Family, similarities: Mapping[str, Tensor | None]) -> tuple[list[Permutations], float]:
         models = len(self.states)
@@ -350,7 +350,7 @@ class _Zip(_Align):
                 return [{} for _ in self.states], 0.0
             zipped = self._zip(whole.float().cpu().numpy())
             return [{family.outer: part} for part in zipped[0].reshape(models, -1)], zipped[1]
-        # Outer elements are matched one to one; what is inside them is zipped over all models.
+        # Outer elements are matched one to one; their inner units are zipped over all models.
         orders, _ = super().pair_up(family, similarities)
         elements = self.spec.groups[family.outer].size
         orders[0] = {family.outer: torch.arange(elements)}
@@ -361,21 +361,21 @@ class _Zip(_Align):
             if similarity is None:
                 continue
             numbers = np.ascontiguousarray(similarity.float().cpu().numpy())
-            clusters = torch.zeros(models, elements, size, dtype=torch.long)
-            for place in range(elements):
+            clusters = torch.zeros(models, elements, size, dtype=torch.long)  # (models, elements, size)
+            for position in range(elements):
                 units = np.concatenate(
                     [
-                        (model * elements + int(orders[model][family.outer][place])) * size + np.arange(size)
+                        (model * elements + int(orders[model][family.outer][position])) * size + np.arange(size)
                         for model in range(models)
                     ]
                 )
-                inside, value = self._zip(numbers[np.ix_(units, units)])
-                clusters[:, place] = inside.reshape(models, size)
+                cluster, value = self._zip(numbers[np.ix_(units, units)])  # (models · size,)
+                clusters[:, position] = cluster.reshape(models, size)
                 values.append(value)
             for model in range(models):
                 found[model][name] = clusters[model]
         return found, float(np.mean(values)) if values else 0.0
 
     def _zip(self, similarity: Similarities) -> tuple[Tensor, float]:
-        zipped = zip_units(similarity, len(self.states), inside=self.inside, budget=self.budget)
+        zipped = zip_units(similarity, len(self.states), beta=self.beta, budget=self.budget)
         return torch.from_numpy(zipped.cluster), zipped.value

@@ -4,9 +4,9 @@ An axis is an ordered list of atoms whose sizes multiply to its length: the colu
 `[heads, head_dim]`. Operations identify atoms (`unify`), factorise them (`view`) or pin them (`freeze`); what is left
 free at the end are the symmetries. Axes of length one carry no atom.
 
-An atom may be permuted apart at each place of another one: a packed projection's rows are (piece, unit), and the units
-of queries are not those of values; every expert of a layer has hidden units of its own. `at` gives the copy of an axis
-that is seen at one such place, and `settle` takes the difference back where it turns out that there is none.
+An atom may be permuted apart at each position of another one: a packed projection's rows are (piece, unit), and the
+units of queries are not those of values; every expert of a layer has hidden units of its own. `at` gives the copy of an
+axis at one such position, and `settle` joins the copies again where there turns out to be no difference.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 
 
-class Misfit(Exception):
+class UnsupportedOp(Exception):
     """Two axes cannot be brought to one factorisation."""
 
 
 class Atom:
-    """One piece of an axis; after a union `leader` says which atom speaks for it, after a split `parts` do.
+    """One piece of an axis; after a union `leader` is the atom that represents it, after a split `parts` do.
 
-    Where it was looked at place by place of the atom `along`, `copies` holds the axis seen at each of these places.
+    Where it differs by position of the atom `along`, `copies` holds the axis at each of these positions.
     """
 
     __slots__ = ("along", "copies", "frozen", "leader", "parts", "size")
@@ -44,7 +44,7 @@ Axes = list[Axis]
 
 
 def leader(atom: Atom) -> Atom:
-    """The atom that speaks for this one."""
+    """The atom that represents this one."""
     while atom.leader is not None:
         atom = atom.leader
     return atom
@@ -68,7 +68,7 @@ def fresh(sizes: Sequence[int], frozen: str | None = None) -> Axes:
 
 
 def freeze(axis: Iterable[Atom], why: str) -> None:
-    """Pin every atom of the axis, and its copies; the first reason is kept."""
+    """Freeze every atom of the axis, and its copies; the first reason is kept."""
     for atom in expand(axis):
         if not atom.frozen:
             atom.frozen = why
@@ -76,8 +76,8 @@ def freeze(axis: Iterable[Atom], why: str) -> None:
                 freeze(copy, why)
 
 
-def at(axis: Iterable[Atom], along: Atom, place: Hashable) -> Axis:
-    """The axis as it is at one place of the atom `along`; pinned atoms, and `along` itself, are the same everywhere."""
+def at(axis: Iterable[Atom], along: Atom, position: Hashable) -> Axis:
+    """The axis at one position of the atom `along`; frozen atoms, and `along` itself, are the same at all."""
     out: Axis = []
     for atom in expand(axis):
         if atom.frozen or atom is leader(along):
@@ -90,12 +90,12 @@ def at(axis: Iterable[Atom], along: Atom, place: Hashable) -> Axis:
             settle(atom)
             out += expand([atom])
             continue
-        out += atom.copies.setdefault(place, [Atom(atom.size)])
+        out += atom.copies.setdefault(position, [Atom(atom.size)])
     return out
 
 
 def settle(atom: Atom) -> None:
-    """Take back that an atom differs along another: all its copies are itself."""
+    """Undo that an atom differs along another: all its copies become itself."""
     copies, atom.along, atom.copies = list(atom.copies.values()), None, {}
     for copy in copies:
         unify([atom], copy, "settle")
@@ -109,16 +109,16 @@ def length(axis: Iterable[Atom]) -> int:
 def split(atom: Atom, outer: int) -> tuple[Atom, Atom]:
     """Factorise one atom into an outer one of `outer` positions and what is inside it."""
     if atom.size % outer:
-        raise Misfit(f"{atom.size} does not divide by {outer}")
+        raise UnsupportedOp(f"{atom.size} does not divide by {outer}")
     first, second = atom.parts = (Atom(outer, atom.frozen), Atom(atom.size // outer, atom.frozen))
     if atom.along is not None:
         first.along = second.along = atom.along
-        for place, copy in atom.copies.items():
+        for position, copy in atom.copies.items():
             try:
-                first.copies[place], second.copies[place] = view([copy], [outer, second.size])
-            except Misfit as misfit:
+                first.copies[position], second.copies[position] = view([copy], [outer, second.size])
+            except UnsupportedOp as error:
                 for each in (*atom.copies.values(), atom.parts):
-                    freeze(each, str(misfit))
+                    freeze(each, str(error))
                 raise
     return atom.parts
 
@@ -127,7 +127,7 @@ def unify(left: Iterable[Atom], right: Iterable[Atom], why: str) -> None:
     """Make both axes one: the same positions, always permuted together. What cannot be matched is frozen."""
     try:
         pairs = _common(left, right)
-    except Misfit:
+    except UnsupportedOp:
         freeze(left, f"misfit at {why}")
         freeze(right, f"misfit at {why}")
         return
@@ -153,11 +153,11 @@ def _join(first: Atom, second: Atom) -> None:
         for _, copy in copies:
             unify([first], copy, "settle")
     else:
-        for place, copy in copies:
-            if place in first.copies:
-                unify(first.copies[place], copy, "settle")
+        for position, copy in copies:
+            if position in first.copies:
+                unify(first.copies[position], copy, "settle")
             else:
-                first.copies[place] = copy
+                first.copies[position] = copy
     if why:
         head = leader(first)
         head.frozen = None
@@ -185,9 +185,9 @@ def _common(left: Iterable[Atom], right: Iterable[Atom]) -> list[tuple[Atom, Ato
         elif b.size % a.size == 0:
             two[:1] = split(b, a.size)
         else:
-            raise Misfit(f"{a.size} against {b.size}")
+            raise UnsupportedOp(f"{a.size} against {b.size}")
     if one or two:
-        raise Misfit("axes of different lengths")
+        raise UnsupportedOp("axes of different lengths")
     return pairs
 
 
@@ -200,7 +200,7 @@ def view(axes: Axes, sizes: Sequence[int]) -> Axes:
         need = size
         while need > 1:
             if not pending:
-                raise Misfit("view needs more positions than there are")
+                raise UnsupportedOp("view needs more positions than there are")
             atom = leader(pending.pop(0))
             if atom.parts is not None:
                 pending[:0] = expand([atom])
@@ -213,6 +213,6 @@ def view(axes: Axes, sizes: Sequence[int]) -> Axes:
                 pending.insert(0, inner)
                 need = 1
             else:
-                raise Misfit(f"view cuts {atom.size} at {need}")
+                raise UnsupportedOp(f"view cuts {atom.size} at {need}")
         out.append(axis)
     return out

@@ -21,7 +21,7 @@ from torch import nn
 from torch.fx import Node
 
 from modelweld.errors import MergeError
-from modelweld.symmetry.atoms import Atom, Axes, Axis, Misfit, expand, freeze, fresh, leader, settle
+from modelweld.symmetry.atoms import Atom, Axes, Axis, UnsupportedOp, expand, freeze, fresh, leader, settle
 from modelweld.symmetry.rules import CARRIES, CHOOSES, RULES, UNIFORM, Call, Choice, Result, name_of, unknown
 from modelweld.symmetry.spec import Factor, Group, Spec, join, pieces
 
@@ -36,7 +36,7 @@ def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None =
     MergeError when the model cannot be exported, naming why. Source: MuDSC (arXiv 2403.01753) matches over such
     groups; deriving them from the graph is this project's own.
     """
-    from modelweld.symmetry.instances import Answering, example_inputs, instantiate
+    from modelweld.symmetry.instances import OutputOnly, example_inputs, instantiate
 
     try:
         module = model if isinstance(model, nn.Module) else instantiate(model)
@@ -49,11 +49,11 @@ def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None =
         ) from error
     module = module.eval()
     args, kwargs = (call, {}) if isinstance(call, tuple) else ((), dict(call))
-    # What cannot be exported is printed as a whole graph, where one line names the operation.
+    # torch prints the whole graph of what cannot be exported; one line of the error names the operation.
     with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(Answering(module), args, kwargs, strict=False)
+            program = torch.export.export(OutputOnly(module), args, kwargs, strict=False)
         except Exception as error:
             raise MergeError(
                 f"cannot be exported: {_first_line(error)}{_culprit(error)}", where=type(module).__name__, hint=_BY_HAND
@@ -119,7 +119,7 @@ class _Derivation:
         return self._collect()
 
     def _live(self) -> set[Node]:
-        # What is read only for its shape (a slice that a mask is sized by) ties nothing down.
+        # What is read only for its shape (a slice that a mask is sized by) constrains nothing.
         pending = [node for node in self.graph.graph.nodes if node.op == "output"]
         live: set[Node] = set()
         while pending:
@@ -187,9 +187,9 @@ class _Derivation:
         rule = RULES.get(name)
         try:
             if rule is None:
-                raise Misfit(f"unknown operation {name}")
+                raise UnsupportedOp(f"unknown operation {name}")
             self.env[node] = rule(call)
-        except (Misfit, KeyError, IndexError, TypeError, ValueError) as error:
+        except (UnsupportedOp, KeyError, IndexError, TypeError, ValueError) as error:
             # A rule that does not fit this use of its operation must cost alignment, never correctness.
             self.unknown[f"{name}: {error}" if rule else name] += 1
             self.env[node] = unknown(call)
@@ -200,7 +200,7 @@ class _Derivation:
             freeze(self.choices[node, 0].axis, why)
 
     def _settle_pieces(self) -> None:
-        """Keep the insides of packed pieces apart only where the spec can say so, and where they are apart."""
+        """Keep the units of packed pieces apart only where the spec can express it, and where they differ."""
         while True:
             held = self._held()
             atoms = {id(atom): atom for atoms in held for atom in atoms.values() if _packed(atom)}
@@ -224,22 +224,22 @@ class _Derivation:
         return all(along[0] in axis[: axis.index(atom)] for axis in axes if atom in axis)
 
     def _settle_choices(self) -> None:
-        """Nest what is inside chosen places (the units of each expert) in them where no tensor mixes the places."""
+        """Nest the units at chosen positions (of each expert) in these where no tensor mixes the positions."""
         held = self._held()
         differing = {id(atom): atom for atoms in held for atom in atoms.values() if atom.along and not _packed(atom)}
         nested: list[tuple[Atom, Axis]] = []
         mixed: set[int] = set()
         for atom in differing.values():
-            inside = [leaf for copy in atom.copies.values() for leaf in expand(copy) if not leaf.frozen]
+            inner = [leaf for copy in atom.copies.values() for leaf in expand(copy) if not leaf.frozen]
             if self._nests(atom, held):
-                nested.append((cast(Atom, atom.along), inside))
+                nested.append((cast(Atom, atom.along), inner))
             else:
-                mixed |= {id(leaf) for leaf in inside}
+                mixed |= {id(leaf) for leaf in inner}
         for atom in differing.values():
             settle(atom)
-        for along, inside in nested:
-            if not mixed & {id(leaf) for leaf in inside}:
-                self.within |= {id(leader(leaf)): leader(along) for leaf in inside}
+        for along, inner in nested:
+            if not mixed & {id(leaf) for leaf in inner}:
+                self.within |= {id(leader(leaf)): leader(along) for leaf in inner}
 
     def _nests(self, atom: Atom, held: Sequence[Mapping[int, Atom]]) -> bool:
         along = expand([cast(Atom, atom.along)])
@@ -255,7 +255,7 @@ class _Derivation:
         return self._stands_alone(along[0], atom)
 
     def _stands_alone(self, along: Atom, atom: Atom) -> bool:
-        # Which element an inside belongs to has to be a whole other axis of the tensor.
+        # The elements that inner units belong to have to be a whole other axis of the tensor.
         for shaped in self.shared.values():
             axes = [expand(axis) for axis in shaped]
             if any(atom in axis for axis in axes) and [along] not in axes:
@@ -285,8 +285,8 @@ class _Derivation:
                 here = (*path, depth) if len(atoms) > 1 else path
                 after = atoms[depth + 1 :]
                 if any(_packed(inner) and leader(cast(Atom, inner.along)) is atom for inner in after):
-                    ways = [_seen(after, atom, place) for place in range(atom.size)]
-                    return (*found, join(factors(way, tensor, *here, place) for place, way in enumerate(ways)))
+                    ways = [_at_position(after, atom, position) for position in range(atom.size)]
+                    return (*found, join(factors(way, tensor, *here, position) for position, way in enumerate(ways)))
                 if atom.frozen:
                     found.append(Factor(atom.size, None, atom.frozen))
                     continue
@@ -313,7 +313,7 @@ class _Derivation:
     def _nesting(
         self, names: Mapping[int, str], axes: Mapping[str, tuple[tuple[Factor, ...], ...]]
     ) -> dict[str, tuple[str, ...]]:
-        """For each group the groups it lies inside of: before it on every axis, beside it in every tensor."""
+        """For each group the groups it lies inside of: before it on every axis, and present in every tensor."""
         before: dict[str, list[str]] = {}
         for piece in (piece for shape in axes.values() for factors in shape for piece in pieces(factors)):
             groups = [factor.group for factor in piece.factors if factor.group]
@@ -335,19 +335,19 @@ class _Derivation:
 
 def _packed(atom: Atom) -> bool:
     """Whether it differs along the pieces of a packed axis, not along what was chosen."""
-    return atom.along is not None and not any(isinstance(place, Choice) for place in atom.copies)
+    return atom.along is not None and not any(isinstance(position, Choice) for position in atom.copies)
 
 
 def _copies(atom: Atom) -> Axis:
     return [leaf for copy in atom.copies.values() for leaf in expand(copy)]
 
 
-def _seen(axis: Axis, along: Atom, place: int) -> Axis:
-    """The axis at one place of a packed axis."""
+def _at_position(axis: Axis, along: Atom, position: int) -> Axis:
+    """The axis at one position of a packed axis."""
     out: Axis = []
     for atom in axis:
         differs = atom.along is not None and leader(atom.along) is along
         # Nothing reads a piece that was never taken out.
         unread = [Atom(atom.size, "not used by the model's forward")]
-        out += expand(atom.copies.get(place, unread)) if differs else [atom]
+        out += expand(atom.copies.get(position, unread)) if differs else [atom]
     return out

@@ -1,7 +1,7 @@
 """Families: a group together with all that lies inside its elements, which have to be matched at once.
 
-A family is read off a set of state dicts as *views*: for every tensor axis it lies on, the tensor with that axis's
-units in front and everything else as features. Groups of other families are brought to model 0's order first.
+A family is compared by *views* of the models' tensors: for every axis that it lies on, the tensor with the units of
+that axis in front and everything else as features. Groups of other families are permuted to model 0's order first.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from modelweld.symmetry.spec import Piece, Spec, leaves, length, pieces
 
-# Running statistics follow their channels but say nothing that the activations do not.
+# Running statistics are permuted with their channels, and tell no more than the activations do.
 STATISTICS = ("running_mean", "running_var")
 
 
 class Placement(Protocol):
-    """Where the units of each model are by now."""
+    """The current assignment of each model's units."""
 
     def tensor(self, name: str, tensor: Tensor, model: int, *, but: tuple[str, ...] = ()) -> Tensor:
-        """One model's tensor in the common order; the groups `but` stay as they are."""
+        """One model's tensor in the common order; the groups `but` keep their own."""
         ...
 
 
 @dataclass(frozen=True)
-class Site:
+class AxisUse:
     """One axis of one tensor, or a piece of it, on which a group lies.
 
-    Each unit has `features` numbers there; `beside` are the other families whose order has to be known to compare them.
+    Each unit has `features` numbers there; `neighbours` are the families whose order has to be known to compare them.
     `outer` is the axis of the elements that the units lie inside of, where that is another one.
     """
 
@@ -40,7 +40,7 @@ class Site:
     dim: int
     piece: Piece
     features: int
-    beside: frozenset[str]
+    neighbours: frozenset[str]
     outer: int | None = None
 
 
@@ -50,7 +50,7 @@ class Family:
 
     outer: str
     inner: tuple[str, ...]
-    sites: Mapping[str, tuple[Site, ...]]
+    uses: Mapping[str, tuple[AxisUse, ...]]
     neighbours: frozenset[str]
 
     @property
@@ -58,9 +58,9 @@ class Family:
         """The outer group and what lies inside it."""
         return (self.outer, *self.inner)
 
-    def of(self, member: str) -> tuple[Site, ...]:
+    def of(self, member: str) -> tuple[AxisUse, ...]:
         """Where a member's units can be compared."""
-        return self.sites.get("" if member == self.outer else member, ())
+        return self.uses.get("" if member == self.outer else member, ())
 
 
 def families(spec: Spec) -> dict[str, Family]:
@@ -70,13 +70,13 @@ def families(spec: Spec) -> dict[str, Family]:
         if group.within:
             inner[group.within[0]].append(name)
     home = {member: outer for outer, members in inner.items() for member in (outer, *members)}
-    sites: dict[str, dict[str, list[Site]]] = {outer: {} for outer in inner}
-    beside: dict[str, set[str]] = {outer: set() for outer in inner}
+    uses: dict[str, dict[str, list[AxisUse]]] = {outer: {} for outer in inner}
+    neighbours: dict[str, set[str]] = {outer: set() for outer in inner}
     for name, axes in spec.axes.items():
         here = {home[factor.group] for axis in axes for factor in leaves(axis) if factor.group}
         elements = math.prod(length(axis) for axis in axes)
         for outer in here:
-            beside[outer] |= here - {outer}
+            neighbours[outer] |= here - {outer}
         if name.endswith(STATISTICS):
             continue
         outside = [spec.outside(name, dim) for dim in range(len(axes))]
@@ -94,40 +94,44 @@ def families(spec: Spec) -> dict[str, Family]:
                     own = elements // length(factors) * length(piece.factors)
                     found = outside[dim]
                     apart = found.dim if found is not None and inside and found.group == outer else None
-                    site = Site(name, dim, piece, own // units, frozenset(here - {outer}), apart)
-                    sites[outer].setdefault(inside[0] if inside else "", []).append(site)
+                    use = AxisUse(name, dim, piece, own // units, frozenset(here - {outer}), apart)
+                    uses[outer].setdefault(inside[0] if inside else "", []).append(use)
     return {
-        outer: Family(outer, tuple(members), {k: tuple(v) for k, v in sites[outer].items()}, frozenset(beside[outer]))
+        outer: Family(
+            outer, tuple(members), {k: tuple(v) for k, v in uses[outer].items()}, frozenset(neighbours[outer])
+        )
         for outer, members in inner.items()
     }
 
 
-def view(family: Family, member: str, site: Site, states: Sequence[Mapping[str, Tensor]], placed: Placement) -> Tensor:
-    """All models' tensors at a member's site as (models, units, features), in float64.
+def view(
+    family: Family, member: str, use: AxisUse, states: Sequence[Mapping[str, Tensor]], placed: Placement
+) -> Tensor:
+    """All models' tensors at a member's use as (models, units, features), in float64.
 
     Units are the outer group's, or (outer · inner) where the member is an inner group; the family itself stays in each
     model's own order, every other one is where `placed` puts it.
     """
     stacked = torch.stack(
         [
-            placed.tensor(site.tensor, state[site.tensor].double(), model, but=family.members)
+            placed.tensor(use.tensor, state[use.tensor].double(), model, but=family.members)
             for model, state in enumerate(states)
         ]
-    )
+    )  # (models, *shape of the tensor)
     wanted = {family.outer, member}
-    found, front = split(stacked, site.dim + 1, site.piece, wanted)
-    if site.outer is not None:
-        shift = len(site.piece.factors) - 1 if site.outer > site.dim else 0
-        front = [site.outer + 1 + shift, *front]
+    found, front = split(stacked, use.dim + 1, use.piece, wanted)  # (models, …, factor, …, factor, …)
+    if use.outer is not None:
+        shift = len(use.piece.factors) - 1 if use.outer > use.dim else 0
+        front = [use.outer + 1 + shift, *front]
     rest = [dim for dim in range(1, found.ndim) if dim not in front]
-    ordered = found.permute(0, *front, *rest)
-    return ordered.reshape(len(states), math.prod(found.shape[dim] for dim in front), -1)
+    ordered = found.permute(0, *front, *rest)  # (models, outer, inner, …features)
+    return ordered.reshape(len(states), math.prod(found.shape[dim] for dim in front), -1)  # (models, units, features)
 
 
 def split(tensor: Tensor, dim: int, piece: Piece, wanted: Collection[str]) -> tuple[Tensor, list[int]]:
     """A tensor's axis as a piece's factors, one axis each, and which of these are the wanted groups'."""
-    if piece.places is not None:
-        tensor = tensor.index_select(dim, torch.tensor(piece.places, device=tensor.device))
+    if piece.positions is not None:
+        tensor = tensor.index_select(dim, torch.tensor(piece.positions, device=tensor.device))  # (…, piece, …)
     sizes = [factor.size for factor in piece.factors]
-    found = tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+    found = tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])  # (…, factor, …, factor, …)
     return found, [dim + depth for depth, factor in enumerate(piece.factors) if factor.group in wanted]

@@ -15,13 +15,13 @@ import numpy as np
 
 from modelweld.compiling import compiled
 
-GONE = np.float32(-np.inf)
+REMOVED = np.float32(-np.inf)
 UNKNOWN = -1
 
 
 @compiled
 def merge_greedily(
-    matrix: Any, bound: Any, model_of: Any, left: Any, inside: Any, owner: Any, alive: Any, values: Any
+    matrix: Any, bound: Any, model_of: Any, left: Any, beta: Any, owner: Any, alive: Any, values: Any
 ) -> int:
     """How many of `len(values)` merges were made; fewer where no pair was left.
 
@@ -38,11 +38,11 @@ def merge_greedily(
             _forbid(matrix, column, partner, alive, model_of, model)
     for step in range(len(values)):
         low = _best_row(matrix, column, bound, partner, alive[:living])
-        if bound[low] == GONE:
+        if bound[low] == REMOVED:
             return step
         values[step], high = bound[low], partner[low]
         owner[high] = low
-        _join(matrix, column, bound, partner, alive[:living], low, high, inside, len(matrix) + step)
+        _join(matrix, column, bound, partner, alive[:living], low, high, beta, len(matrix) + step)
         living -= 1
         model = model_of[low]
         if model == model_of[high]:
@@ -60,11 +60,11 @@ def _best_row(matrix: Any, column: Any, bound: Any, partner: Any, alive: Any) ->
         for unit in alive[1:]:
             if bound[unit] > bound[best]:
                 best = unit
-        if partner[best] != UNKNOWN or bound[best] == GONE:
+        if partner[best] != UNKNOWN or bound[best] == REMOVED:
             return best
-        most = GONE
-        for place in range(len(alive) - 1, -1, -1):
-            unit = alive[place]
+        most = REMOVED
+        for position in range(len(alive) - 1, -1, -1):
+            unit = alive[position]
             if unit == best:
                 break
             # From the end: of equal entries the first one stays.
@@ -76,10 +76,10 @@ def _best_row(matrix: Any, column: Any, bound: Any, partner: Any, alive: Any) ->
 
 @compiled
 def _join(
-    matrix: Any, column: Any, bound: Any, partner: Any, alive: Any, low: Any, high: Any, inside: Any, new: Any
+    matrix: Any, column: Any, bound: Any, partner: Any, alive: Any, low: Any, high: Any, beta: Any, new: Any
 ) -> None:
     """Put `high` into `low`, whose column is then the new one, and take it out of `alive`: its last entry is free."""
-    kept, most, found = 0, GONE, UNKNOWN
+    kept, most, found = 0, REMOVED, UNKNOWN
     for unit in alive:
         if unit == high:
             continue
@@ -89,7 +89,7 @@ def _join(
             continue
         here = column[unit]
         least = min(matrix[low, here], matrix[high, here])
-        joined = least if least == GONE else least * inside
+        joined = least if least == REMOVED else least * beta
         matrix[low, here] = joined
         matrix[unit, new] = joined
         if unit > low:
@@ -115,4 +115,4 @@ def _forbid(matrix: Any, column: Any, partner: Any, alive: Any, model_of: Any, m
             partner[unit] = UNKNOWN
             for other in alive:
                 if model_of[other] == model:
-                    matrix[unit, column[other]] = GONE
+                    matrix[unit, column[other]] = REMOVED

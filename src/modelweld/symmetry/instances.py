@@ -61,7 +61,7 @@ def own_names(module: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def answers(found: Any) -> dict[str, Tensor]:
+def outputs_of(found: Any) -> dict[str, Tensor]:
     """The tensors a model is used for: its logits or embeddings where it has them, else all that it returns.
 
     Hidden states that come along with logits are not part of the function that a permutation has to keep.
@@ -77,7 +77,7 @@ def answers(found: Any) -> dict[str, Tensor]:
     return tensors
 
 
-class Answering(nn.Module):
+class OutputOnly(nn.Module):
     """A module whose call returns only its answers, so that the exported graph ends there."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -85,7 +85,7 @@ class Answering(nn.Module):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return answers(self.module(*args, **kwargs))
+        return outputs_of(self.module(*args, **kwargs))
 
 
 def example_inputs(module: nn.Module) -> dict[str, Any]:

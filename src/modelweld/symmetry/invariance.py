@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from modelweld.errors import MergeError
-from modelweld.symmetry.instances import answers
+from modelweld.symmetry.instances import outputs_of
 from modelweld.symmetry.spec import Permutations, Spec, moves
 
 TOLERANCE = 1e-4
 
 
-def prove(model: nn.Module, spec: Spec, inputs: Mapping[str, Any] | tuple[Any, ...], *, seed: int = 0) -> float:
+def check_invariance(
+    model: nn.Module, spec: Spec, inputs: Mapping[str, Any] | tuple[Any, ...], *, seed: int = 0
+) -> float:
     """The relative output error under random permutations of every group (float32); at most TOLERANCE.
 
     Raises MergeError naming the groups that break the function when it is larger.
@@ -72,4 +74,4 @@ def _permute(model: nn.Module, spec: Spec, permutations: Permutations) -> None:
 def _outputs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> list[Tensor]:
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
     with torch.inference_mode():
-        return [value.float().clone() for value in answers(model(*args, **kwargs)).values()]
+        return [value.float().clone() for value in outputs_of(model(*args, **kwargs)).values()]

@@ -1,7 +1,7 @@
 """Which unit of another model is which unit here: linear assignment, plain and nested.
 
 Every function takes a similarity whose rows are model 0's units and whose columns are the other model's, and returns
-for each row the column that takes its place. Ties are broken the same way everywhere: staying in place first.
+for each row the column that is assigned to it. Ties are broken the same way everywhere: staying in place first.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def match_nested(inner: dict[str, Matrix], outer: Matrix | None = None, *, stay:
     added, and the outer assignment is made once on the sum, so that queries and values cannot disagree on it.
     """
     elements = len(outer) if outer is not None else len(next(iter(inner.values())))
-    scores = np.zeros((elements, elements)) if outer is None else outer.astype(np.float64).copy()
-    inside: dict[str, Indices] = {}
+    scores = np.zeros((elements, elements)) if outer is None else outer.astype(np.float64).copy()  # (A, A)
+    found: dict[str, Indices] = {}
     for name, similarity in inner.items():
         units = similarity.shape[1]
-        inside[name] = np.zeros((elements, elements, units), dtype=np.int64)
+        found[name] = np.zeros((elements, elements, units), dtype=np.int64)  # (A, A, B)
         for row in range(elements):
             for column in range(elements):
-                inside[name][row, column], value = match(similarity[row, :, column, :], stay=stay)
+                found[name][row, column], value = match(similarity[row, :, column, :], stay=stay)
                 scores[row, column] += value
     order, value = match(scores, stay=stay)
     rows = np.arange(elements)
     kinds = len(inner) + (outer is not None)
-    return Nested(order, {name: found[rows, order] for name, found in inside.items()}, value / kinds)
+    return Nested(order, {name: columns[rows, order] for name, columns in found.items()}, value / kinds)  # (A, B) each
 
 
 def _check(similarity: Matrix) -> None:

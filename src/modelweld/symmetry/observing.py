@@ -30,7 +30,7 @@ Seen = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Place:
+class HookPoint:
     """Where a group is seen: a module's input or output, the piece of its units' axis, and how long that is."""
 
     group: str
@@ -41,9 +41,9 @@ class Place:
     wanted: frozenset[str]
 
 
-def places(model: nn.Module, spec: Spec) -> list[Place]:
-    """Every place at which a group of the spec is seen, inputs before outputs."""
-    found: dict[str, list[Place]] = {name: [] for name in spec.groups}
+def hook_points(model: nn.Module, spec: Spec) -> list[HookPoint]:
+    """Every point at which a group of the spec is seen, inputs before outputs."""
+    found: dict[str, list[HookPoint]] = {name: [] for name in spec.groups}
     for tensor, axes in spec.axes.items():
         module, _, leaf = tensor.rpartition(".")
         if leaf != "weight" or len(axes) < 2 or not takes_units_in(model.get_submodule(module)):
@@ -55,10 +55,10 @@ def places(model: nn.Module, spec: Spec) -> list[Place]:
                     wanted = frozenset((name, *spec.groups[name].within))
                     if here == wanted:
                         reads = (tensor, dim) in spec.reads
-                        found[name].append(Place(name, module, reads, piece, length(factors), wanted))
+                        found[name].append(HookPoint(name, module, reads, piece, length(factors), wanted))
     chosen = []
     for seen in found.values():
-        inputs = [place for place in seen if place.reads]
+        inputs = [point for point in seen if point.reads]
         chosen += inputs or seen
     return chosen
 
@@ -76,11 +76,11 @@ def observe(
     Without `whole`, only the first model's units are correlated, with all others, which is what `align` takes: a small
     part of the memory. With a `scratch` folder the sums are kept there, and one group's correlation is made when it is
     asked for; it has to stay until the last one was. A group seen at several places has the mean of their correlations,
-    one vote a place. Positions that an `attention_mask` hides are left out. The models run side by side, a few rows of
-    the same batch at a time, and what they do at one place is held. Raises MergeError for activations that are not
+    one vote a point. Positions that an `attention_mask` hides are left out. The models run side by side, a few rows of
+    the same batch at a time, and what they do at one point is held. Raises MergeError for activations that are not
     finite, naming the group, and for an empty calibration set.
     """
-    chosen = places(models[0], spec)
+    chosen = hook_points(models[0], spec)
     gathered: dict[Seen, Activations] = {}
 
     def add(seen: Seen, parts: Sequence[Tensor]) -> None:
@@ -143,8 +143,8 @@ def takes_units_in(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-class _Meeting:
-    """Where the models wait for each other at every place, so that only one place's activations are in memory."""
+class _LockStep:
+    """Where the models wait for each other at every point, so that only one point's activations are in memory."""
 
     def __init__(self, models: int, add: Callable[[Seen, Sequence[Tensor]], None]) -> None:
         self._add = add
@@ -188,12 +188,12 @@ def _parts(batch: Batch) -> Iterator[Batch]:
 def _together(
     pool: ThreadPoolExecutor,
     models: Sequence[nn.Module],
-    chosen: Sequence[Place],
+    chosen: Sequence[HookPoint],
     batch: Batch,
     add: Callable[[Seen, Sequence[Tensor]], None],
 ) -> None:
-    """Run all models on a batch side by side, and `add` what they do at each place they come to."""
-    meeting = _Meeting(len(models), add)
+    """Run all models on a batch side by side, and `add` what they do at each point they come to."""
+    meeting = _LockStep(len(models), add)
 
     def run(number: int) -> None:
         try:
@@ -211,27 +211,27 @@ def _together(
         raise (told or errors)[0]
 
 
-def _watch(model: nn.Module, chosen: Sequence[Place], batch: Batch, tell: Callable[[Seen, Tensor], None]) -> None:
-    """One forward that tells the activations of each place, as (units, samples), in order of appearance."""
+def _watch(model: nn.Module, chosen: Sequence[HookPoint], batch: Batch, tell: Callable[[Seen, Tensor], None]) -> None:
+    """One forward that tells the activations of each point, as (units, samples), in order of appearance."""
     taken: dict[str, list[ref[Tensor]]] = {}
     args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((), dict(batch))
     mask = kwargs.get("attention_mask")
 
-    def keep(place: Place, module: nn.Module, value: Any) -> None:
-        known = taken.setdefault(place.group, [])
+    def keep(point: HookPoint, module: nn.Module, value: Any) -> None:
+        known = taken.setdefault(point.group, [])
         # Queries, keys and values read one and the same tensor: it has one vote.
         if isinstance(value, Tensor) and not any(value is other() for other in known):
             known.append(ref(value))
             axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else value.ndim - 1
-            tell((place.group, len(known) - 1), _units(value, axis, place, mask))
+            tell((point.group, len(known) - 1), _units(value, axis, point, mask))
 
     handles = []
-    for place in chosen:
-        module = model.get_submodule(place.module)
-        if place.reads:
-            handles.append(module.register_forward_pre_hook(lambda m, inputs, p=place: keep(p, m, inputs[0])))
+    for point in chosen:
+        module = model.get_submodule(point.module)
+        if point.reads:
+            handles.append(module.register_forward_pre_hook(lambda m, inputs, p=point: keep(p, m, inputs[0])))
         else:
-            handles.append(module.register_forward_hook(lambda m, _, output, p=place: keep(p, m, output)))
+            handles.append(module.register_forward_hook(lambda m, _, output, p=point: keep(p, m, output)))
     try:
         with torch.inference_mode():
             model(*args, **kwargs)
@@ -240,16 +240,16 @@ def _watch(model: nn.Module, chosen: Sequence[Place], batch: Batch, tell: Callab
             handle.remove()
 
 
-def _units(value: Tensor, axis: int, place: Place, mask: Tensor | None) -> Tensor:
+def _units(value: Tensor, axis: int, point: HookPoint, mask: Tensor | None) -> Tensor:
     if mask is not None and axis == 2 and value.shape[:2] == mask.shape:
         value, axis = value[mask.bool()], 1
-    if value.shape[axis] != place.length:
+    if value.shape[axis] != point.length:
         raise MergeError(
-            f"{value.shape[axis]} units are seen, the symmetry spec says {place.length}",
-            where=place.module,
+            f"{value.shape[axis]} units are seen, the symmetry spec says {point.length}",
+            where=point.module,
             hint="derive the spec from this model's own config",
         )
-    apart, front = split(value, axis, place.piece, place.wanted)
+    apart, front = split(value, axis, point.piece, point.wanted)
     rest = [dim for dim in range(apart.ndim) if dim not in front]
     units = math.prod(apart.shape[dim] for dim in front)
     return apart.permute(*front, *rest).reshape(units, -1)

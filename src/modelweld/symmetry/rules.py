@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from modelweld.symmetry.atoms import Axes, Axis, Misfit, at, expand, freeze, fresh, length, unify, view
+from modelweld.symmetry.atoms import Axes, Axis, UnsupportedOp, at, expand, freeze, fresh, length, unify, view
 
 Result = Axes | tuple[Axes, ...]
 Rule = Callable[["Call"], Result]
@@ -62,7 +62,7 @@ class Call:
     def axes(self, node: Any) -> Axes:
         found = self.env[node]
         if isinstance(found, tuple):
-            raise Misfit("a tuple where a tensor was expected")
+            raise UnsupportedOp("a tuple where a tensor was expected")
         return found
 
     def contracts(self, weight: Any, dim: int) -> None:
@@ -164,7 +164,7 @@ def ordered(call: Call) -> Result:
     dims = range(len(axes)) if call.name == "roll" else call.arg(1, "dims" if call.name == "flip" else "dim")
     for dim in [dims] if isinstance(dims, int) else dims:
         freeze(axes[dim], why)
-        # A place of the result is no longer that place of what went in.
+        # A position of the result is no longer that position of the input.
         axes[dim] = fresh([length(axes[dim])], why)[0]
     return axes
 
@@ -358,14 +358,14 @@ def select(call: Call) -> Result:
 
 
 def splitting(call: Call) -> Result:
-    """Equal pieces of a packed axis are (piece, within): pieces keep their order, each has an inside of its own."""
+    """Equal pieces of a packed axis are (piece, within): pieces keep their order, each has inner units of its own."""
     axes, sizes, outputs = call.first(), call.sizes(call.node.args[0]), call.outputs()
     dim = call.arg(2, "dim", 0) % len(axes)
     pieces = {output[dim] for output in outputs}
     if len(pieces) == 1 and len(outputs) * outputs[0][dim] == sizes[dim]:
         outer, inner = view([axes[dim]], [len(outputs), outputs[0][dim]])
         apart = [*axes[:dim], outer, inner, *axes[dim + 1 :]]
-        return tuple(_piece(apart, dim, place) for place in range(len(outputs)))
+        return tuple(_piece(apart, dim, position) for position in range(len(outputs)))
     freeze(axes[dim], "unequal split")
     return tuple([*axes[:dim], *fresh([o[dim]], "unequal split"), *axes[dim + 1 :]] for o in outputs)
 
@@ -373,18 +373,18 @@ def splitting(call: Call) -> Result:
 def unbind(call: Call) -> Result:
     axes = call.first()
     dim = call.arg(1, "dim", 0) % len(axes)
-    return tuple(_piece(axes, dim, place) for place in range(len(call.outputs())))
+    return tuple(_piece(axes, dim, position) for position in range(len(call.outputs())))
 
 
-def _piece(axes: Axes, dim: int, place: int) -> Axes:
-    """What stands at one place of an axis, which is pinned; where it packs units, those of each place are apart."""
+def _piece(axes: Axes, dim: int, position: int) -> Axes:
+    """The slice at one position of an axis, which is frozen; if it packs units, each position has units of its own."""
     packs = expand(axes[dim])
     freeze(packs, PACKED)
     rest = [*axes[:dim], *axes[dim + 1 :]]
     # Inputs have positions too, and nothing is packed along them.
     if len(packs) != 1 or packs[0].frozen != PACKED:
         return rest
-    return [at(axis, packs[0], place) for axis in rest]
+    return [at(axis, packs[0], position) for axis in rest]
 
 
 def concatenate(call: Call) -> Result:
@@ -455,13 +455,13 @@ def indexing(call: Call) -> Result:
 
 
 def _chosen(call: Call, axes: Axes, index: Node, choice: Choice) -> Axes:
-    """What stands at the chosen places of the first axis: each has an inside of its own."""
+    """The slices at the chosen positions of the first axis: each has inner units of its own."""
     unify(axes[0], choice.axis, "index")
     picked = expand(axes[0])
     # A choice of one leaves no axis behind by which it could be known again.
     known = len(picked) == 1 and any(atom.frozen == RANK for atom in expand(choice.holders))
-    inside = [at(axis, picked[0], choice) if known else axis for axis in axes[1:]]
-    return [*call.axes(index), *inside]
+    inner = [at(axis, picked[0], choice) if known else axis for axis in axes[1:]]
+    return [*call.axes(index), *inner]
 
 
 def pooling(call: Call) -> Result:

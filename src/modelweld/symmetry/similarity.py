@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.errors import MergeError
-from modelweld.symmetry.families import Family, Placement, Site, view
+from modelweld.symmetry.families import AxisUse, Family, Placement, view
 
 # Two or fewer numbers a unit (a norm's gain and bias) correlate to plus or minus one whatever they are.
 LEAST_FEATURES = 3
@@ -49,32 +49,32 @@ def weight_similarity(
     states: Sequence[Mapping[str, Tensor]],
     placed: Placement,
     *,
-    sites: Sequence[Site] | None = None,
+    uses: Sequence[AxisUse] | None = None,
     concatenate: bool = False,
     whole: bool = True,
 ) -> Tensor | None:
     """Correlation of a member's units by weights, or None where it lies on no tensor.
 
     The shape is (models · units, models · units), or without `whole` (units, (models - 1) · units): the first model's
-    with the others'. `sites` are those that are looked at, by default all. One module's weights are in memory at once.
+    with the others'. `uses` are those that are looked at, by default all. One module's weights are in memory at once.
     """
-    modules: dict[tuple[str, bool], list[Site]] = {}
-    for site in family.of(member) if sites is None else sites:
+    modules: dict[tuple[str, bool], list[AxisUse]] = {}
+    for use in family.of(member) if uses is None else uses:
         # A weight and its bias are one module's; what reads a unit and what makes it are apart.
-        key = ("", False) if concatenate else (site.tensor.rpartition(".")[0], site.dim > 0)
-        modules.setdefault(key, []).append(site)
+        key = ("", False) if concatenate else (use.tensor.rpartition(".")[0], use.dim > 0)
+        modules.setdefault(key, []).append(use)
     if not modules:
         return None
     kinds = list(modules.values())
-    telling = [kind for kind in kinds if sum(site.features for site in kind) >= LEAST_FEATURES]
+    telling = [kind for kind in kinds if sum(use.features for use in kind) >= LEAST_FEATURES]
     if not telling:
-        telling = [[site for kind in kinds for site in kind]]
+        telling = [[use for kind in kinds for use in kind]]
     total: Tensor | None = None
-    count = sum(site.features for kind in telling for site in kind)
+    count = sum(use.features for kind in telling for use in kind)
     for kind in telling:
-        features = torch.cat([view(family, member, site, states, placed) for site in kind], dim=2)
+        features = torch.cat([view(family, member, use, states, placed) for use in kind], dim=2)
         found = correlate(features.flatten(0, 1), None if whole else features.shape[1])
-        found *= sum(site.features for site in kind) / count
+        found *= sum(use.features for use in kind) / count
         total = found if total is None else total.add_(found)
     return total
 

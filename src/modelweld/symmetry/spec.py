@@ -48,7 +48,7 @@ class Piece:
     """A plain product of factors, and the positions of the axis that it takes up (None: all of them)."""
 
     factors: tuple[Factor, ...]
-    places: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
 
 
 def join(parts: Iterable[tuple[Factor, ...]]) -> Factor:
@@ -85,33 +85,37 @@ def pieces(factors: tuple[Factor, ...]) -> list[Piece]:
     found, start = [], 0
     for part in last.parts:
         for piece in pieces(part):
-            inside = torch.arange(length(part)) if piece.places is None else torch.tensor(piece.places)
-            every = torch.arange(length(front))[:, None] * last.size + start + inside
+            inner = torch.arange(length(part)) if piece.positions is None else torch.tensor(piece.positions)
+            every = torch.arange(length(front))[:, None] * last.size + start + inner  # (front, piece)
             found.append(Piece((*front, *piece.factors), tuple(every.flatten().tolist())))
         start += length(part)
     return found
 
 
-# What a factor does to a position: (factor, positions, places of the outer elements) -> (moved position, its place).
+# What a factor does to positions: (factor, positions, outer index) -> (moved positions, their index as an outer one).
 Step = Callable[[Factor, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
 
-def walk(factors: tuple[Factor, ...], step: Step, seats: Mapping[str, Tensor], contexts: int = 1) -> Tensor:
-    """Every position of an axis moved by `step`: shape (contexts, length), with the seats of each context."""
+def walk(factors: tuple[Factor, ...], step: Step, outer_index: Mapping[str, Tensor], contexts: int = 1) -> Tensor:
+    """Every position of an axis moved by `step`: shape (contexts, length).
+
+    `outer_index` holds, by outer group, which of its elements each context lies in: shape (contexts,).
+    """
     if not factors:
         return torch.zeros(contexts, 1, dtype=torch.long)
     factor, rest = factors[0], factors[1:]
     if factor.parts:
         moved, start = [], 0
         for part in factor.parts:
-            moved.append(walk(part, step, seats, contexts) + start)
+            moved.append(walk(part, step, outer_index, contexts) + start)  # (contexts, part)
             start += length(part)
-        return torch.cat(moved, dim=1)
-    positions = torch.arange(factor.size).repeat(contexts)
-    around = {name: seat.repeat_interleave(factor.size) for name, seat in seats.items()}
-    taken, seat = step(factor, positions, around)
-    inside = walk(rest, step, around | ({factor.group: seat} if factor.group else {}), len(positions))
-    return (taken[:, None] * inside.shape[1] + inside).reshape(contexts, -1)
+        return torch.cat(moved, dim=1)  # (contexts, length)
+    positions = torch.arange(factor.size).repeat(contexts)  # (contexts · size,)
+    around = {name: index.repeat_interleave(factor.size) for name, index in outer_index.items()}  # (contexts · size,)
+    moved_to, index = step(factor, positions, around)
+    inner = walk(rest, step, around | ({factor.group: index} if factor.group else {}), len(positions))
+    # (contexts · size, rest) -> (contexts, length)
+    return (moved_to[:, None] * inner.shape[1] + inner).reshape(contexts, -1)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,12 @@ class Spec:
         }
 
     def random(self, seed: int) -> Permutations:
-        """Uniform permutations of every group, and of every element's inside, from a seed."""
+        """Uniform permutations of every group, in every element of its outer groups, from a seed.
+
+        >>> spec = Spec({"units": Group("units", 3)}, {"up.weight": ((Factor(3, "units"),), (Factor(2),))})
+        >>> sorted(spec.random(seed=0)["units"].tolist())
+        [0, 1, 2]
+        """
         generator = torch.Generator().manual_seed(seed)
         return {
             name: torch.rand(*self._outer(group), group.size, generator=generator).argsort(dim=-1)
@@ -157,7 +166,7 @@ class Spec:
         inverse: Permutations = {}
         for name, group in self.groups.items():
             undone = permutations[name].argsort(dim=-1)
-            # An inside belongs to the element at its new place; undoing moves it back with that element.
+            # Inner units belong to the element at its new position; undoing moves them back with that element.
             index = tuple(
                 self._at(depth, permutations[outer].argsort(dim=-1), len(group.within))
                 for depth, outer in enumerate(group.within)
@@ -175,7 +184,12 @@ class Spec:
         return both
 
     def apply(self, state_dict: Mapping[str, Tensor], permutations: Permutations) -> dict[str, Tensor]:
-        """The same function with its units in another order; tensors the spec does not name are passed through."""
+        """The same function with its units in another order; tensors that the spec does not name are passed through.
+
+        >>> spec = Spec({"units": Group("units", 3)}, {"up.bias": ((Factor(3, "units"),),)})
+        >>> spec.apply({"up.bias": torch.tensor([10, 20, 30])}, {"units": torch.tensor([2, 0, 1])})
+        {'up.bias': tensor([30, 10, 20])}
+        """
         return {name: self.apply_to(name, tensor, permutations) for name, tensor in state_dict.items()}
 
     def apply_to(self, name: str, tensor: Tensor, permutations: Permutations) -> Tensor:
@@ -196,7 +210,7 @@ class Spec:
                 later.append((dim, factors))
                 continue
             tensor = tensor.index_select(dim, self.index(factors, permutations).to(tensor.device))
-        # What is inside an element belongs to it at its new place.
+        # Inner units belong to the element at its new position: outer axes are permuted first.
         for dim, factors in later:
             outer = cast(Outside, self.outside(name, dim))
             index = self.index(factors, permutations, outer.group).to(tensor.device)
@@ -223,10 +237,10 @@ class Spec:
         With `outer`, a group on another axis that this one lies inside of: (elements of outer, length).
         """
 
-        def step(factor: Factor, positions: Tensor, seats: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def step(factor: Factor, positions: Tensor, outer_index: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             if factor.group is None:
                 return positions, positions
-            around = tuple(seats[name] for name in self.groups[factor.group].within)
+            around = tuple(outer_index[name] for name in self.groups[factor.group].within)
             return permutations[factor.group][(*around, positions)], positions
 
         if outer is None:

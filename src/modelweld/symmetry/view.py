@@ -37,7 +37,7 @@ class AlignedCheckpoint(Checkpoint):
         self._current = threading.local()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """For another process: the source's files are opened there, and moved by the same places."""
+        """For another process: the source's files are opened there, and permuted by the same assignments."""
         return type(self), (self._source, self._move, sorted(self._moved), self._dtype)
 
     def close(self) -> None:

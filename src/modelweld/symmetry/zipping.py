@@ -1,7 +1,7 @@
 """Greedy merging of units, within and across models, until as many remain as one model has (ZipIt's matching).
 
-The pair of greatest similarity is merged, the merged row becomes `inside` times the smaller of the two, and so on.
-Searching the whole matrix at every step costs O(units³); keeping each row's maximum, and searching anew only the rows
+The pair of greatest similarity is merged, the merged row becomes `beta` times the smaller of the two, and so on.
+Searching the whole matrix at every step costs O(units³); keeping each row's maximum, and searching again only the rows
 whose maximum was touched (`greedy`), costs about O(units²) with the same merges in the same order.
 Source: the matching of arXiv 2305.03053 as used by MuDSC (arXiv 2403.01753); the row maxima are this project's.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from modelweld.errors import MergeError
 
 Similarities = NDArray[np.float32]
-GONE = np.float32(-np.inf)
+REMOVED = np.float32(-np.inf)
 _LINE = 16
 
 
@@ -33,10 +33,10 @@ class Zip:
         return np.bincount(self.cluster, minlength=self.merged)
 
 
-def zip_units(similarities: Similarities, models: int, *, inside: float = 0.5, budget: float = 1.0) -> Zip:
+def zip_units(similarities: Similarities, models: int, *, beta: float = 0.5, budget: float = 1.0) -> Zip:
     """Merge models·units units down to `units`.
 
-    `similarities` is (models·units, models·units), `inside` multiplies the similarity of what was merged already, and
+    `similarities` is (models·units, models·units), `beta` multiplies the similarity of a merged unit, and
     `budget` in [0, 1] is the share of merges that may join two units of one model. Raises MergeError when the budgets
     leave no pair to merge: never a unit with itself. Ties go to the lowest index.
     """
@@ -45,21 +45,21 @@ def zip_units(similarities: Similarities, models: int, *, inside: float = 0.5, b
         raise MergeError(f"{total} units do not divide among {models} models")
     if not np.isfinite(similarities).all():
         raise MergeError("a similarity is not finite", hint="look for NaN or infinite activations or weights")
-    # numba takes a second to import, which only those who zip should wait for.
+    # numba takes a second to import, which only zipping needs.
     from modelweld.symmetry.greedy import merge_greedily
 
     units = total // models
     merges = total - units
-    # Lines of a power of two would all meet in the same few places of the caches.
-    matrix = np.empty((total, total + merges + _LINE), np.float32)
+    # Rows whose length is a power of two would all map to the same few cache lines.
+    matrix = np.empty((total, total + merges + _LINE), np.float32)  # (models · units, models · units + merges)
     matrix[:, :total] = similarities
-    np.fill_diagonal(matrix, GONE)
-    bound = matrix[:, :total].max(axis=1, initial=GONE)
+    np.fill_diagonal(matrix, REMOVED)
+    bound = matrix[:, :total].max(axis=1, initial=REMOVED)  # (models · units,)
     owner, alive = np.arange(total), np.arange(total, dtype=np.int32)
     model_of = np.repeat(np.arange(models), units)
     left = np.full(models, int(merges // models * budget + 1e-4))
     values = np.empty(merges, np.float32)
-    made = merge_greedily(matrix, bound, model_of, left, np.float32(inside), owner, alive, values)
+    made = merge_greedily(matrix, bound, model_of, left, np.float32(beta), owner, alive, values)
     if made < merges:
         raise MergeError(
             f"no pair is left to merge after {made} of {merges} merges",
@@ -70,6 +70,6 @@ def zip_units(similarities: Similarities, models: int, *, inside: float = 0.5, b
         if (further == owner).all():
             break
         owner = further
-    place = np.zeros(total, np.int64)
-    place[alive[:units]] = np.arange(units)
-    return Zip(place[owner], units, float(values.mean()) if merges else 0.0)
+    number = np.zeros(total, np.int64)
+    number[alive[:units]] = np.arange(units)
+    return Zip(number[owner], units, float(values.mean()) if merges else 0.0)

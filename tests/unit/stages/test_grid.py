@@ -89,7 +89,7 @@ def test_an_interrupted_grid_goes_on(tmp_path: Path) -> None:
     ("grid", "words"),
     [
         ({"drop_rat": [0.5]}, "drm has no parameter 'drop_rat'"),
-        ({"drop_rate": [0.5, 1.5]}, "drop_rate=1.5: Input should be less than 1"),
+        ({"drop_rate": [0.5, 1.5]}, "drop_rate=1.5: drop_rate: Input should be less than 1, not 1.5"),
         ({"drop_rate": [0.5, 0.5]}, "one twice"),
         ({"drop_rate": []}, "no values"),
         ({}, "no axis"),

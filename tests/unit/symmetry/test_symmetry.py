@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from modelweld.errors import MergeError
-from modelweld.symmetry import Spec, derive_spec, prove
+from modelweld.symmetry import Spec, check_invariance, derive_spec
 from modelweld.symmetry.instances import example_inputs
 from tests.support.architectures import ARCHITECTURES, build, resnet
 
@@ -22,7 +22,7 @@ def test_derived_groups_keep_the_function_and_find_every_kind_of_unit(name: str)
     spec = derive_spec(config)
     assert spec.unknown == {}
     assert {group.size for group in spec.groups.values()} >= ARCHITECTURES[name][3]
-    assert prove(model, spec, example_inputs(model)) < 1e-4
+    assert check_invariance(model, spec, example_inputs(model)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "llama", "qwen3"])
@@ -113,7 +113,7 @@ def test_units_that_experts_share_are_not_taken_apart(mixed: bool, top: int, nes
     assert experts == spec.axes["router.weight"][0][0]
     assert experts.group is not None
     assert spec.groups[str(units.group)].within == ((experts.group,) if nested else ())
-    assert prove(model, spec, inputs) < 1e-4
+    assert check_invariance(model, spec, inputs) < 1e-4
 
 
 class Numbered(Routed):
@@ -142,7 +142,7 @@ def test_a_resnets_running_statistics_move_with_their_channels() -> None:
     spec = derive_spec(model, inputs)
     assert spec.axes["1.running_mean"] == spec.axes["1.weight"]
     assert len(spec.groups) == 3
-    assert prove(model, spec, inputs) < 1e-4
+    assert check_invariance(model, spec, inputs) < 1e-4
 
 
 def test_group_norm_moves_groups_and_then_channels_inside_them() -> None:
@@ -151,7 +151,7 @@ def test_group_norm_moves_groups_and_then_channels_inside_them() -> None:
     outer, inner = spec.axes["0.weight"][0]
     assert (outer.size, inner.size) == (4, 2)
     assert spec.groups[str(inner.group)].within == (outer.group,)
-    assert prove(model, spec, inputs) < 1e-4
+    assert check_invariance(model, spec, inputs) < 1e-4
 
 
 class Packed(nn.Module):
@@ -183,7 +183,7 @@ def test_a_packed_projection_keeps_its_pieces_and_moves_its_heads() -> None:
     query_order, value_order = (spec.index((packed,), spec.random(1))[a:b] for a, b in ((0, 16), (32, 48)))
     assert sorted(query_order.tolist()) == list(range(16))
     assert sorted(value_order.tolist()) == list(range(32, 48))
-    assert prove(model, spec, inputs) < 1e-4
+    assert check_invariance(model, spec, inputs) < 1e-4
 
 
 class Mixing(nn.Module):
@@ -214,7 +214,7 @@ def test_pieces_that_meet_unit_by_unit_are_not_taken_apart(mix: str) -> None:
     spec = derive_spec(model, inputs)
     assert bool(spec.axes["packed.weight"][0][-1].parts) == (mix == "none")
     assert {group.size for group in spec.groups.values()} == {8}
-    assert prove(model, spec, inputs) < 1e-4
+    assert check_invariance(model, spec, inputs) < 1e-4
 
 
 class Odd(nn.Module):
@@ -235,7 +235,7 @@ def test_an_unknown_operation_freezes_what_it_touches_and_nothing_else() -> None
     assert dict(spec.unknown) == {"logcumsumexp": 1}
     assert spec.axes["one.weight"][0][0].why == "unknown operation logcumsumexp"
     assert spec.axes["two.weight"][0][0].group == "two.weight[0]"
-    assert prove(model, spec, inputs) < 1e-4
+    assert check_invariance(model, spec, inputs) < 1e-4
 
 
 def test_a_wrong_spec_is_refused_naming_the_group() -> None:
@@ -244,7 +244,7 @@ def test_a_wrong_spec_is_refused_naming_the_group() -> None:
     free: Mapping[str, Any] = dict(spec.axes) | {"one.weight": (spec.axes["two.weight"][0], spec.axes["one.weight"][1])}
     wrong = Spec(spec.groups, free)
     with pytest.raises(MergeError, match=r"two\.weight\[0\]"):
-        prove(model, wrong, inputs)
+        check_invariance(model, wrong, inputs)
 
 
 class Branching(nn.Module):
@@ -278,11 +278,11 @@ def test_weights_that_are_not_finite_prove_nothing() -> None:
     with torch.no_grad():
         model[0].weight[0] = torch.nan
     with pytest.raises(MergeError, match="not finite"):
-        prove(model, spec, inputs)
+        check_invariance(model, spec, inputs)
 
 
 def test_a_proof_leaves_the_model_as_it_was() -> None:
     model, config = build("mixtral")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert prove(model, derive_spec(config), example_inputs(model)) > 0.0
+    assert check_invariance(model, derive_spec(config), example_inputs(model)) > 0.0
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

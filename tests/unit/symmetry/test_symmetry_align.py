@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modelweld.errors import MergeError
 from modelweld.symmetry import Spec, align, derive_spec, zip_models
-from modelweld.symmetry.instances import answers, example_inputs
+from modelweld.symmetry.instances import example_inputs, outputs_of
 from tests.support.architectures import ARCHITECTURES, build, resnet
 
 
@@ -26,7 +26,7 @@ def worst(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     with torch.no_grad():
-        return next(iter(answers(torch.func.functional_call(model, dict(state), args, kwargs)).values()))
+        return next(iter(outputs_of(torch.func.functional_call(model, dict(state), args, kwargs)).values()))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -66,7 +66,7 @@ def test_three_models_come_to_the_first_and_zipping_copies_gives_the_original(na
     states = [origin, spec.apply(origin, spec.random(1)), spec.apply(origin, spec.random(2))]
     for state, moved in zip(states, align(states, spec).permutations, strict=True):
         assert worst(origin, spec.apply(state, moved)) <= 1e-6
-    zipped = zip_models(states, spec, inside=1.0)
+    zipped = zip_models(states, spec, beta=1.0)
     merged = {
         name: torch.stack([zipped.placed.tensor(name, s[name].double(), i) for i, s in enumerate(states)]).mean(0)
         for name in origin

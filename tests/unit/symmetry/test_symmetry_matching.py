@@ -14,14 +14,14 @@ from torch import Tensor
 
 from modelweld.errors import MergeError
 from modelweld.symmetry.matching import match, match_nested
-from modelweld.symmetry.placements import Folded, Permuted
+from modelweld.symmetry.placements import Clustered, Permuted
 from modelweld.symmetry.similarity import Activations, correlate
 from modelweld.symmetry.spec import Factor, Group, Spec
 from modelweld.symmetry.zipping import zip_units
 
 
 def naive_zip(
-    similarities: NDArray[np.float32], models: int, inside: float, budget: float
+    similarities: NDArray[np.float32], models: int, beta: float, budget: float
 ) -> tuple[list[int], float] | None:
     """The definition: look at the whole matrix for the greatest entry, merge, and again. None when none is left."""
     matrix = similarities.astype(np.float32).copy()
@@ -37,7 +37,7 @@ def naive_zip(
         if not np.isfinite(matrix[low, high]):
             return None
         values.append(matrix[low, high])
-        row = np.minimum(matrix[low], matrix[high]) * np.float32(inside)
+        row = np.minimum(matrix[low], matrix[high]) * np.float32(beta)
         row[[low, high]] = -np.inf
         matrix[low], matrix[:, low] = row, row
         matrix[high], matrix[:, high] = -np.inf, -np.inf
@@ -61,7 +61,7 @@ def naive_zip(
     st.integers(0, 2**32 - 1),
 )
 def test_zipping_is_what_a_search_of_the_whole_matrix_finds(
-    models: int, units: int, inside: float, budget: float, coarse: bool, seed: int
+    models: int, units: int, beta: float, budget: float, coarse: bool, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
     features = generator.standard_normal((models * units, 6))
@@ -69,12 +69,12 @@ def test_zipping_is_what_a_search_of_the_whole_matrix_finds(
     if coarse:  # many ties
         similarity = np.round(similarity * 3) / 3
     similarity = (similarity + similarity.T) / 2
-    expected = naive_zip(similarity, models, inside, budget)
+    expected = naive_zip(similarity, models, beta, budget)
     if expected is None:
         with pytest.raises(MergeError, match="no pair is left"):
-            zip_units(similarity, models, inside=inside, budget=budget)
+            zip_units(similarity, models, beta=beta, budget=budget)
         return
-    found = zip_units(similarity, models, inside=inside, budget=budget)
+    found = zip_units(similarity, models, beta=beta, budget=budget)
     assert found.cluster.tolist() == expected[0]
     assert found.value == pytest.approx(expected[1], abs=1e-6)
     assert found.sizes().min(initial=models) >= 1
@@ -186,7 +186,7 @@ def test_folding_is_the_product_with_the_dense_maps() -> None:
     )
     clusters = torch.tensor([[0, 1, 2, 3, 3], [0, 0, 1, 4, 2], [4, 1, 1, 2, 0]])
     merge, unmerge = dense_maps(clusters, 5, 3)
-    placed = Folded(spec, [{"units": row} for row in clusters], smoothing=1e-5)
+    placed = Clustered(spec, [{"units": row} for row in clusters], smoothing=1e-5)
     generator = torch.Generator().manual_seed(0)
     for model in range(3):
         out = torch.randn(5, 4, generator=generator, dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_an_inside_on_an_axis_of_its_own_is_placed_as_on_a_shared_one(reads: boo
     shared = torch.randn(12, 5, generator=generator, dtype=torch.float64)
     apart = shared.reshape(3, 4, 5) if outer_first else shared.reshape(3, 4, 5).transpose(0, 1)
 
-    def same(placed: Permuted | Folded, model: int) -> None:
+    def same(placed: Permuted | Clustered, model: int) -> None:
         found = placed.tensor("apart", apart, model)
         found = found if outer_first else found.transpose(0, 1)
         torch.testing.assert_close(found.reshape(12, 5), placed.tensor("shared", shared, model))
@@ -217,4 +217,4 @@ def test_an_inside_on_an_axis_of_its_own_is_placed_as_on_a_shared_one(reads: boo
     # The first model's units fill every cluster, the second's fall where they may.
     clusters = [spec.random(5), {**spec.random(6), "units": torch.randint(0, 4, (3, 4), generator=generator)}]
     for model in range(2):
-        same(Folded(spec, clusters, frozenset({"experts"})), model)
+        same(Clustered(spec, clusters, frozenset({"experts"})), model)

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassifica
 
 from modelweld.errors import MergeError
 from modelweld.symmetry import align, derive_spec, similarity
-from modelweld.symmetry.observing import observe, places
+from modelweld.symmetry.observing import hook_points, observe
 from modelweld.symmetry.repair import repair
 from modelweld.symmetry.similarity import between
 
@@ -72,7 +72,7 @@ def test_correlation_is_that_of_the_layers_inputs() -> None:
     # A unit that never fires correlates with nothing.
     wanted = torch.corrcoef(hidden.double().T).nan_to_num(0.0)
     torch.testing.assert_close(observe([model], spec, batches)[group], wanted)
-    assert [(place.module, place.reads) for place in places(model, spec)] == [("2", True)]
+    assert [(place.module, place.reads) for place in hook_points(model, spec)] == [("2", True)]
 
 
 def test_padding_is_left_out() -> None:

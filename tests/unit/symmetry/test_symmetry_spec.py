@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modelweld.alignment.specs import given
+from modelweld.alignment.specs import load_spec
 from modelweld.errors import MergeError
 from modelweld.symmetry import Factor, Group, Spec
 from modelweld.symmetry.spec import join
@@ -34,7 +34,7 @@ def written(tmp_path: Path, change: Change) -> Path:
 
 
 def test_a_spec_with_packed_parts_survives_its_file(tmp_path: Path) -> None:
-    assert given(written(tmp_path, lambda _: None)) == SPEC
+    assert load_spec(written(tmp_path, lambda _: None)) == SPEC
 
 
 CHANGES: dict[str, tuple[Change, str]] = {
@@ -62,7 +62,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     change, expected = CHANGES[name]
     with pytest.raises(MergeError, match=rf"spec\.json.*{expected}"):
-        given(written(tmp_path, change))
+        load_spec(written(tmp_path, change))
 
 
 @pytest.mark.parametrize(("text", "expected"), [("{", "Invalid JSON"), ("[]", "an object"), (None, "No such file")])
@@ -71,5 +71,5 @@ def test_what_is_no_spec_file_is_refused(text: str | None, expected: str, tmp_pa
     if text is not None:
         file.write_text(text)
     with pytest.raises(MergeError, match=rf"spec\.json.*{expected}") as error:
-        given(file)
+        load_spec(file)
     assert "--spec" in str(error.value.hint)
