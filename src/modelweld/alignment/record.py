@@ -59,11 +59,9 @@ class Aligned:
             hasher.update(f"{name}\0".encode() + assignment.numpy().tobytes())
         return str(hasher.hexdigest())
 
-    def in_manifest(self, manifest: Mapping[str, Any], repair: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The manifest with what was aligned and repaired. The digest of the matching stands for rows and paths."""
-        recipe = {**manifest["recipe"], "align": _without_paths(manifest["recipe"]["align"])}
-        told = {key: self.document[key] for key in _IN_MANIFEST} | {"digest": self.digest()}
-        return {**manifest, "recipe": recipe, "alignment": told, "repair": repair}
+    def manifest_entry(self) -> dict[str, Any]:
+        """The manifest's `alignment`: the document without its details, and the digest of the whole."""
+        return {key: self.document[key] for key in _IN_MANIFEST} | {"digest": self.digest()}
 
     def write(self, tree: Path) -> None:
         """Put alignment.json and alignment.safetensors into a merged directory."""
@@ -157,11 +155,3 @@ def with_warnings(found: Aligned, settings: Align, plan: Plan) -> Aligned:
     if any(tensor.name.endswith(STATISTICS) for tensor in plan.tensors) and not recomputes_statistics(settings, plan):
         notes.append("batch statistics are averages: name calibration rows to have them recomputed")
     return replace(found, notes=tuple(notes))
-
-
-def _without_paths(align: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The `align:` section without the paths of its files, which differ from machine to machine."""
-    if align is None:
-        return None
-    named = {key: sorted(align[key]) if align[key] else None for key in ("calibration", "validation")}
-    return {**align, **named, "spec": align["spec"] is not None}

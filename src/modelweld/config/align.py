@@ -1,11 +1,11 @@
-"""The `align:` section of a recipe: how the units of the experts are brought to one order before they are merged."""
+"""The `align:` section of a recipe: how the experts' units are permuted to one order before they are merged."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from modelweld.config.addresses import below
 from modelweld.config.methods import Share
@@ -40,7 +40,11 @@ class Align(Strict):
     seed: int = 0
     patience: Annotated[int, Field(ge=1)] = 5
     sweeps: Annotated[int, Field(ge=1)] = 100
-    inside: Share = Field(0.5, description="zip: what the similarity of a merged unit is multiplied by")
+    beta: Share = Field(
+        0.5,
+        validation_alias=AliasChoices("beta", "inside"),
+        description="zip: what the similarity of a merged unit is multiplied by; `inside` is its deprecated name",
+    )
     budget: Share = Field(1.0, description="zip: the share of merges that may join two units of one model")
     spec: str | None = Field(None, description="a symmetry spec file, for architectures that cannot be derived")
     calibration: dict[str, Rows] | None = Field(

@@ -46,14 +46,18 @@ def build(
     device: str,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     sha256: bool = False,
+    alignment: Mapping[str, Any] | None = None,
+    repair: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of the merge in `tree`.
 
     `sources` are the pinned entries of the parents by label (`base` and the experts'), from sources.lock.json; with
-    `sha256` the output files carry that digest too, at the price of reading them once more.
+    `sha256` the output files carry that digest too, at the price of reading them once more. `alignment` and `repair`
+    say how units were matched and batch statistics recomputed; a merge without alignment has neither key.
     """
     heads = {head.task: _head(tree / HEADS / head.task, head.model) for head in plan.heads}
     tensors = {tensor.name: _tensor(tensor, execution.finished[tensor.name]) for tensor in plan.tensors}
+    aligned = {} if alignment is None else {"alignment": dict(alignment), "repair": repair and dict(repair)}
     return {
         "schema": SCHEMA,
         "recipe": _recipe(recipe),
@@ -78,6 +82,7 @@ def build(
         },
         "delta_survival": _survival(execution.finished),
         "output": {"model_digest": model_digest(tensors, heads), "files": _files(tree, plan, execution, sha256=sha256)},
+        **aligned,
     }
 
 
@@ -155,6 +160,10 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     experts = recipe.models or {}
     document["models"] = {label: {"weight": entry.weight, "task": entry.task} for label, entry in experts.items()}
     document["order"] = list(experts)
+    if recipe.align is not None:
+        # Paths differ from machine to machine: the digest of the matching stands for rows and spec.
+        named = {key: sorted(getattr(recipe.align, key) or ()) or None for key in ("calibration", "validation")}
+        document["align"] |= {**named, "spec": recipe.align.spec is not None}
     return document
 
 

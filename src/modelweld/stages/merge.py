@@ -121,10 +121,17 @@ def merge(
                 alignment.write(tree)
                 execution, repair = with_recomputed_statistics(recipe, plan, inputs, tree, execution)
             document = manifest.build(
-                recipe, plan, inputs, execution, tree, device=placement.kind, sources=sources, sha256=sha256
+                recipe,
+                plan,
+                inputs,
+                execution,
+                tree,
+                device=placement.kind,
+                sources=sources,
+                sha256=sha256,
+                alignment=alignment.manifest_entry() if alignment is not None else None,
+                repair=repair,
             )
-            if alignment is not None:
-                document = alignment.in_manifest(document, repair)
             manifest.write(document, tree)
             if card:
                 (tree / "README.md").write_text(model_card.render(document), encoding="utf-8")
