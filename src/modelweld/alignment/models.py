@@ -93,8 +93,8 @@ def load(model: AlignedModel, inputs: Inputs) -> nn.Module:
     if model.label != BASE:
         return model_of(model.checkpoint)
     head_from = inputs.experts[0]
-    state = {own: model.checkpoint.read(name) for name, own in head_from.alignment.names.items()}
-    state |= {name: head_from.checkpoint.read(name) for name in head_from.alignment.head}
+    state = {own: model.checkpoint.read(name) for name, own in head_from.name_map.names.items()}
+    state |= {name: head_from.checkpoint.read(name) for name in head_from.name_map.head}
     return _loaded(head_from.checkpoint, pretrained_model_name_or_path=None, state_dict=state)
 
 

@@ -71,9 +71,9 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
                 where="models",
                 hint=f"`modelweld pin`, then `dvc repro {' '.join(f'fetch@model-{name}' for name in unseen)}`",
             )
-        for name, source in params.datasets.items():
+        for name, wanted in params.datasets.items():
             if not (root / "datasets" / name).exists():
-                _, files = _listed("dataset", name, source, root, lock)
+                _, files = _listed("dataset", name, wanted, root, lock)
                 sizes[f"dataset-{name}"] = sum(file.size_bytes for file in files.values())
         placed = {name: _placed(recipe, paths, root) for name, recipe in baselines.items()}
         yield Sighting(_placed(merge, paths, root), placed, sizes, seen)

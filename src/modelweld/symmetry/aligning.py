@@ -336,7 +336,7 @@ class _Zip(_Align):
         super().__init__(*arguments)
         self.nested = frozenset(family.outer for family in self.families.values() if family.inner)
         self.beta, self.budget = beta, budget
-        self.placed = self.folded([self.spec.identity() for _ in self.states])
+        self.placed = self.clustered([self.spec.identity() for _ in self.states])
 
     def clustered(self, assignments: list[Permutations]) -> Clustered:
         """The clusters that the assignments describe."""

@@ -1,6 +1,6 @@
 """Derive a model's permutation symmetries from its exported graph.
 
-The architecture is exported once on the meta device (no weights are needed), the rules of `rules.py` are followed
+The architecture is exported once on the meta device (no weights are needed), the rules in `rules` are followed
 through its graph, and what stays free becomes the groups of a `Spec`. Parameters that are one object share their axes.
 """
 

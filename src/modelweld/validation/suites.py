@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from modelweld.config.methods import Strict
+from modelweld.config.strict import Strict
 from modelweld.errors import ConfigError
 from modelweld.validation.tables import KINDS, Kind
 
