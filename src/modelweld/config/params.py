@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from modelweld.config.align import Align, Rows
 from modelweld.config.recipe import AnyRecipe, ExpertEntry, Name, Recipe
-from modelweld.hardware import Request
 from modelweld.config.strict import Strict
+from modelweld.hardware import Request
 
 
 class SourceEntry(Strict):
