@@ -41,6 +41,12 @@ class Checkpoint:
     def open(cls, path: str | Path, allow_pickle: bool = False) -> Self:
         """The checkpoint in a Hugging Face directory (or one safetensors file).
 
+        >>> from safetensors.torch import save_file
+        >>> save_file({"weight": torch.ones(2, 3)}, "model.safetensors")
+        >>> with Checkpoint.open("model.safetensors") as checkpoint:
+        ...     checkpoint.tensors["weight"].shape, checkpoint.read("weight").sum()
+        ((2, 3), tensor(6.))
+
         Raises CheckpointError, naming file and tensor, for what is missing, truncated, inconsistent or points out
         of the directory, for adapters, and for pickled weights unless `allow_pickle` (they are then read with
         `weights_only=True`, into memory).

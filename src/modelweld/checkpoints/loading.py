@@ -47,6 +47,12 @@ def tasks(path: str | Path) -> list[str]:
 def load(path: str | Path, task: str | None = None, device: str = "cpu", *, base: str | Path | None = None) -> Any:
     """The transformers model in a directory, in evaluation mode: with the head of `task`, or as its config says.
 
+    >>> from transformers import BertConfig, BertModel
+    >>> size = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> BertModel(BertConfig(**size, intermediate_size=4)).save_pretrained("model")
+    >>> type(load("model")).__name__
+    'BertModel'
+
     A merged directory without a task gives its backbone. A plain Hugging Face directory has one head at most, and
     `task` is then only its name. A PEFT adapter is folded into the model in `base`, in float32. Raises ConfigError for
     a task without a head and an adapter without a base, CheckpointError for missing weights.

@@ -25,6 +25,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 def load_recipe(path: Path) -> Recipe:
     """A recipe file; relative paths in it are taken from the recipe's own folder.
 
+    >>> text = "{method: average, models: {a: {path: experts/a}, b: {path: /models/b, weight: 0.5}}}"
+    >>> _ = Path("recipe.yaml").write_text(text)
+    >>> recipe = load_recipe(Path("recipe.yaml"))
+    >>> recipe.method_name, [(entry.path, entry.weight) for entry in recipe.models.values()]
+    ('average', [('experts/a', 1.0), ('/models/b', 0.5)])
+
     Raises ConfigError naming every wrong key, and for models without a path.
     """
     return _complete(_mapping_in(path), path)

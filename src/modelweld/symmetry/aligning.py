@@ -97,6 +97,14 @@ def align(
 ) -> Alignment:
     """Permutations that bring every model to the first one.
 
+    >>> from torch import nn
+    >>> from modelweld.symmetry import derive_spec
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8))
+    >>> spec = derive_spec(model, (torch.zeros(1, 8),))
+    >>> shuffled = spec.apply(model.state_dict(), {"0.weight[0]": torch.tensor([2, 0, 3, 1])})
+    >>> align([model.state_dict(), shuffled], spec).permutations[1]
+    {'0.weight[0]': tensor([1, 3, 0, 2])}
+
     States may be lazy (`view.Stored`): one module's weights are held at a time. `activations` holds, by group, the
     correlation of (models · units), or of the first model's units with all others; similarity is alpha · weights +
     (1 - alpha) · activations, and weights alone where there are none. Mode `reference` lays all weights of a unit end
@@ -216,10 +224,10 @@ class _Search(ABC):
         return best, tuple(trace), matched
 
     def _start(self) -> None:
-        """Match every family once by what is known already: from vocabulary, inputs and outputs inwards.
+        """Match every family once by the weights that can be compared already, from inputs and outputs inwards.
 
-        Weights that face units in another order say nothing; in a deep model nearly all do, and their noise hides the
-        few that face a frozen axis. The family of which most is known is always next.
+        Weights that connect to units in another order tell nothing; in a deep model nearly all do, and their noise
+        hides the few that connect to a frozen axis. The family with the largest comparable share is always next.
         """
         waiting = dict(self.families)
         settled: set[str] = set()
@@ -282,14 +290,14 @@ class _Search(ABC):
         active = self.activations[member].double()
         units = self.spec.identity([member])[member].numel()
         if not self.whole and len(active) > units:
-            active = active[:units, units:]
+            active = active[:units, units:]  # (units, (models - 1) · units)
         if weights is None:
             return active
         # In place: for wide layers these are the largest matrices there are.
         return weights.mul_(alpha).add_(active, alpha=1.0 - alpha)
 
     def block(self, similarity: Tensor | None, model: int) -> Matrix | None:
-        """Model 0's units against those of one model."""
+        """Model 0's units against those of one model, shape (units, units)."""
         if similarity is None:
             return None
         units = similarity.shape[1] // (len(self.states) - (0 if self.whole else 1))
@@ -318,7 +326,7 @@ class _Align(_Search):
             similarity = self.block(similarities[name], model)
             if similarity is not None:
                 size = self.spec.groups[name].size
-                inner[name] = similarity.reshape(elements, size, elements, size)
+                inner[name] = similarity.reshape(elements, size, elements, size)  # (A, B, A, B)
         if inner:
             nested = match_nested(inner, outer, stay=not self.reference)
             inner_orders = {name: torch.from_numpy(order) for name, order in nested.inner.items()}

@@ -32,6 +32,10 @@ SILENT = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_siz
 def derive_spec(model: Any, inputs: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Spec:
     """The groups of a module or of a transformers config, with what froze each axis that is not in one.
 
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> derive_spec(model, (torch.zeros(1, 8),)).groups
+    {'0.weight[0]': Group(name='0.weight[0]', size=4, within=())}
+
     `inputs` is an example call (keyword or positional); transformers models get one from their config. Raises
     MergeError when the model cannot be exported, naming why. Source: MuDSC (arXiv 2403.01753) matches over such
     groups; deriving them from the graph is this project's own.

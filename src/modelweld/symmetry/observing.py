@@ -1,7 +1,7 @@
-"""What the units of several models do on one calibration set: the activations side of a dual similarity.
+"""Activations of the units of several models on one calibration set: the other half of a dual similarity.
 
-A group is seen where something reads it: at the inputs of the linear and convolutional layers whose weights take its
-units in. Groups that nothing linear reads (the insides of queries and keys) are seen at the outputs that make them.
+A group is observed where a layer reads it: at the inputs of the linear and convolutional layers whose weights take its
+units in. Groups that no such layer reads (the units of queries and keys) are observed at the outputs that make them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class HookPoint:
 
 
 def hook_points(model: nn.Module, spec: Spec) -> list[HookPoint]:
-    """Every point at which a group of the spec is seen, inputs before outputs."""
+    """Every point at which a group of the spec is observed, inputs before outputs."""
     found: dict[str, list[HookPoint]] = {name: [] for name in spec.groups}
     for tensor, axes in spec.axes.items():
         module, _, leaf = tensor.rpartition(".")
@@ -75,9 +75,9 @@ def observe(
 
     Without `whole`, only the first model's units are correlated, with all others, which is what `align` takes: a small
     part of the memory. With a `scratch` folder the sums are kept there, and one group's correlation is made when it is
-    asked for; it has to stay until the last one was. A group seen at several places has the mean of their correlations,
-    one vote a point. Positions that an `attention_mask` hides are left out. The models run side by side, a few rows of
-    the same batch at a time, and what they do at one point is held. Raises MergeError for activations that are not
+    asked for; the folder has to stay until the last one was. A group observed at several points has the mean of their
+    correlations. Positions that an `attention_mask` hides are left out. The models run side by side, a few rows of the
+    same batch at a time, and the activations of one point are in memory. Raises MergeError for activations that are not
     finite, naming the group, and for an empty calibration set.
     """
     chosen = hook_points(models[0], spec)
@@ -144,7 +144,7 @@ def takes_units_in(module: nn.Module) -> bool:
 
 
 class _LockStep:
-    """Where the models wait for each other at every point, so that only one point's activations are in memory."""
+    """A barrier for the models at every hook point, so that only one point's activations are in memory."""
 
     def __init__(self, models: int, add: Callable[[Seen, Sequence[Tensor]], None]) -> None:
         self._add = add
@@ -170,7 +170,7 @@ class _LockStep:
 
 
 def _parts(batch: Batch) -> Iterator[Batch]:
-    """A batch a few rows at a time: what is inside a wide layer is many times as large as what goes in."""
+    """A batch, a few rows at a time: activations inside a wide layer are many times as large as its input."""
     tensors = [value for value in (batch if isinstance(batch, tuple) else batch.values()) if isinstance(value, Tensor)]
     rows = max((len(tensor) for tensor in tensors if tensor.ndim), default=0)
 
@@ -200,7 +200,7 @@ def _together(
             _watch(models[number], chosen, batch, lambda seen, value: meeting.arrive(number, seen, value))
             meeting.arrive(number, None, torch.empty(0))
         except BaseException:
-            # The others must not wait for what never comes.
+            # The others must not wait for a model that has failed.
             meeting.give_up()
             raise
 
@@ -212,7 +212,7 @@ def _together(
 
 
 def _watch(model: nn.Module, chosen: Sequence[HookPoint], batch: Batch, tell: Callable[[Seen, Tensor], None]) -> None:
-    """One forward that tells the activations of each point, as (units, samples), in order of appearance."""
+    """One forward that passes on the activations of each point, as (units, samples), in order of appearance."""
     taken: dict[str, list[ref[Tensor]]] = {}
     args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((), dict(batch))
     mask = kwargs.get("attention_mask")
@@ -242,14 +242,14 @@ def _watch(model: nn.Module, chosen: Sequence[HookPoint], batch: Batch, tell: Ca
 
 def _units(value: Tensor, axis: int, point: HookPoint, mask: Tensor | None) -> Tensor:
     if mask is not None and axis == 2 and value.shape[:2] == mask.shape:
-        value, axis = value[mask.bool()], 1
+        value, axis = value[mask.bool()], 1  # (batch, positions, features) -> (positions, features)
     if value.shape[axis] != point.length:
         raise MergeError(
             f"{value.shape[axis]} units are seen, the symmetry spec says {point.length}",
             where=point.module,
             hint="derive the spec from this model's own config",
         )
-    apart, front = split(value, axis, point.piece, point.wanted)
+    apart, front = split(value, axis, point.piece, point.wanted)  # (…, factor, …, factor, …)
     rest = [dim for dim in range(apart.ndim) if dim not in front]
     units = math.prod(apart.shape[dim] for dim in front)
-    return apart.permute(*front, *rest).reshape(units, -1)
+    return apart.permute(*front, *rest).reshape(units, -1)  # (units, samples)

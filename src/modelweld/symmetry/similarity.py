@@ -1,9 +1,9 @@
-"""How alike the units of several models are: by the weights around them, and by what they do.
+"""Similarity of the units of several models: by their weights, and by their activations.
 
 Both are Pearson correlations over (models · units). Weights are correlated module by module, so that no module's scale
-drowns another's, and averaged with the number of features a unit has in it as their weights: with one vote a module a
+drowns another's, and averaged with the number of features a unit has in it as their weights: with one vote per module a
 head of five classes, which correlates by chance, spoils the match (measured in examples/fashion). `concatenate` gives
-the paper's variant, where all features are laid end to end. Source: MuDSC, arXiv 2403.01753.
+the paper's variant, where all features are concatenated. Source: MuDSC, arXiv 2403.01753.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from modelweld.checkpoints.shards import disk_errors
 from modelweld.errors import MergeError
 from modelweld.symmetry.families import AxisUse, Family, Placement, view
 
-# Two or fewer numbers a unit (a norm's gain and bias) correlate to plus or minus one whatever they are.
+# Two or fewer numbers per unit (a norm's gain and bias) always correlate to plus or minus one.
 LEAST_FEATURES = 3
 # How much of the sums is in memory at a time, and of how many samples.
 STRIP_BYTES, SAMPLES = 1 << 25, 1024
@@ -31,10 +31,10 @@ def correlate(features: Tensor, rows: int | None = None) -> Tensor:
 
     Rows that never vary correlate with nothing.
     """
-    centred = features - features.mean(dim=1, keepdim=True)
-    norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    centred = features - features.mean(dim=1, keepdim=True)  # (units, features)
+    norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)  # (units, 1)
     scaled = centred.div_(norms.clamp(min=torch.finfo(features.dtype).tiny)).masked_fill_(norms == 0, 0.0)
-    return scaled[:rows] @ scaled[rows:].T
+    return scaled[:rows] @ scaled[rows:].T  # (all, all), or (rows, all - rows)
 
 
 def between(similarity: Tensor, units: int, model: int) -> Tensor:
@@ -60,7 +60,7 @@ def weight_similarity(
     """
     modules: dict[tuple[str, bool], list[AxisUse]] = {}
     for use in family.of(member) if uses is None else uses:
-        # A weight and its bias are one module's; what reads a unit and what makes it are apart.
+        # A weight and its bias are of one module; modules that read a unit and that make it are apart.
         key = ("", False) if concatenate else (use.tensor.rpartition(".")[0], use.dim > 0)
         modules.setdefault(key, []).append(use)
     if not modules:
@@ -72,8 +72,9 @@ def weight_similarity(
     total: Tensor | None = None
     count = sum(use.features for kind in telling for use in kind)
     for kind in telling:
+        # (models, units, features)
         features = torch.cat([view(family, member, use, states, placed) for use in kind], dim=2)
-        found = correlate(features.flatten(0, 1), None if whole else features.shape[1])
+        found = correlate(features.flatten(0, 1), None if whole else features.shape[1])  # (models · units, features)
         found *= sum(use.features for use in kind) / count
         total = found if total is None else total.add_(found)
     return total
@@ -96,11 +97,11 @@ class Activations:
         self._count = 0
 
     def add(self, *batch: Tensor) -> None:
-        """One (models · units, samples), or one (units, samples) a model; MergeError where they are not finite."""
+        """One (models · units, samples), or one (units, samples) per model; MergeError where they are not finite."""
         samples = batch[0].shape[1]
         chunks = [[part[:, start : start + SAMPLES] for part in batch] for start in range(0, samples, SAMPLES)]
         for chunk in chunks:
-            self._summed(torch.cat([part.double() for part in chunk]))
+            self._summed(torch.cat([part.double() for part in chunk]))  # (models · units, samples)
         shift, sums = self._shift, self._products
         if shift is None or sums is None:
             return
@@ -112,13 +113,13 @@ class Activations:
                 part[max(0, rows.start - end + len(part)) : max(0, rows.stop - end + len(part))]
                 for part, end in zip(chunk, ends, strict=True)
             ]
-            return torch.cat([part.double() for part in taken]).sub_(shift[rows])
+            return torch.cat([part.double() for part in taken]).sub_(shift[rows])  # (rows, samples)
 
         first, total = self._rows or 0, len(shift)
 
         def add_up(rows: slice, strip: Tensor) -> None:
             for chunk in chunks:
-                strip.addmm_(shifted(chunk, rows), shifted(chunk, slice(first, total)).T)
+                strip.addmm_(shifted(chunk, rows), shifted(chunk, slice(first, total)).T)  # (rows, others)
 
         sums.change(add_up)
         self._count += samples
@@ -128,22 +129,22 @@ class Activations:
             raise MergeError("an activation is not finite", hint="look for overflow in the experts, or mask the row")
         if self._products is None or self._shift is None:
             units = len(values)
-            self._shift = values.mean(dim=1, keepdim=True)
+            self._shift = values.mean(dim=1, keepdim=True)  # (units, 1)
             self._sum = torch.zeros(units, 1, dtype=torch.float64)
             self._squares = torch.zeros(units, dtype=torch.float64)
             rows = units if self._rows is None else self._rows
             self._products = Sums(rows, units if self._rows is None else units - rows, self._file)
         values.sub_(self._shift)
         self._sum += values.sum(dim=1, keepdim=True)
-        self._squares += torch.linalg.vecdot(values, values)
+        self._squares += torch.linalg.vecdot(values, values)  # (units,)
 
     def correlation(self) -> Tensor:
         """The correlation of all that was added; raises MergeError without at least two samples."""
         if self._products is None or self._count < 2:
             raise MergeError("no activations to correlate", hint="give a calibration set of a few hundred rows")
-        deviation = (self._squares - self._sum[:, 0] ** 2 / self._count).clamp(min=0).sqrt()
+        deviation = (self._squares - self._sum[:, 0] ** 2 / self._count).clamp(min=0).sqrt()  # (units,)
         others, summed = deviation[self._rows :], self._sum[self._rows :]
-        found = self._products.read()
+        found = self._products.read()  # (units, units), or (rows, units - rows)
         # Covariance, then correlation, in place: these matrices are the largest there are.
         found.addmm_(self._sum[: len(found)], summed.T, alpha=-1.0 / self._count)
         return found.mul_(_inverse(deviation[: len(found), None])).mul_(_inverse(others))
@@ -164,7 +165,7 @@ class Sums:
                 made.truncate(8 * rows * columns)
 
     def change(self, change: Callable[[slice, Tensor], None]) -> None:
-        """Call `change` with the numbers of some rows and these, which it alters in place, until all had their turn."""
+        """Call `change` with the numbers of some rows and these, which it alters in place, until all were passed."""
         rows, columns = self._shape
         if self._file is None:
             change(slice(0, rows), self._held)
