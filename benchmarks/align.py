@@ -28,7 +28,7 @@ import pandas as pd
 import yaml
 
 # What `modelweld.alignment.search` calls one after the other.
-PHASES = {"load": "load", "proved": "check_invariance", "observe": "observe", "align": "match", "output_error": "check"}
+PHASES = {"load": "load", "check_model": "check", "observe": "observe", "align": "match", "output_error": "check"}
 
 
 def prepare(root: Path, asked: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""The cheapest proof: two perceptrons of different initialisations, five digits each, merged every way there is.
+"""The cheapest example: two perceptrons of different initialisations, five digits each, merged every way there is.
 
     python examples/fashion/digits.py
 

@@ -134,7 +134,7 @@ def similarities(pair: Pair, placed: Placed, rows: Rows) -> dict[str, Any]:
 
 
 def merge_pair(name: str, settings: dict[str, Any]) -> None:
-    """Write figures/<pair>/scores.json, and the plots' data and the plots beside it."""
+    """Write figures/<pair>/scores.json, with the plots and their data."""
     started = time.perf_counter()
     torch.set_num_threads(settings["merging"]["threads"])
     how, tasks = settings["merging"], settings["tasks"]

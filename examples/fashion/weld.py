@@ -45,7 +45,7 @@ class Pair:
 
     @classmethod
     def of(cls, experts: tuple[nn.Module, nn.Module], joint: Callable[[], nn.Module], inputs: Tensor) -> Pair:
-        """The pair with its derived symmetries, proven on some inputs before they are used."""
+        """The pair with its derived symmetries, checked on some inputs before they are used."""
         example = {"pixel_values": inputs[:2]}
         spec = derive_spec(experts[0], example)
         for expert in experts:

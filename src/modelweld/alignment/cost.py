@@ -31,7 +31,7 @@ from modelweld.symmetry.matching import match
 from modelweld.symmetry.observing import HookPoint, hook_points, takes_units_in
 from modelweld.symmetry.zipping import zip_units
 
-# Sweeps of a search in which most families are matched anew, as seen with ResNet-20 and BERT: later ones skip those
+# Sweeps of a search in which most families are matched again, as seen with ResNet-20 and BERT: later ones skip those
 # whose neighbours stayed, which clusters hardly ever do.
 SWEEPS = {"align": 4, "zip": 12}
 # Two rows, before and after, for the invariance check and again for what was found.
@@ -47,7 +47,7 @@ class AlignmentCost:
     """Estimated cost of an alignment, including recomputed batch statistics.
 
     `forwarded` counts rows over all models and values of alpha. `group` is the one that takes the most memory,
-    `group_bytes` what its similarities do beside what they are made of.
+    `group_bytes` the memory of its similarities and of the features they are computed from.
     """
 
     mode: str
@@ -183,7 +183,7 @@ def _units_at(spec: Spec, point: HookPoint) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """What comparing a family's units by weights takes: operations, entries brought in order, bytes at most."""
+    """What comparing a family's units by weights takes: operations, entries permuted, bytes at most."""
 
     flops: float
     entries: float
@@ -224,7 +224,7 @@ def _matching(spec: Spec, family: Family, models: int, whole: bool, trial: float
 
 @dataclass(frozen=True)
 class _Rates:
-    """Measured here: operations a second, seconds to bring one weight in order, and to match _UNITS units."""
+    """Measured here: operations a second, seconds to permute one weight, and to match _UNITS units."""
 
     flops: float
     entry_s: float
@@ -235,7 +235,7 @@ class _Rates:
         drawn = np.random.default_rng(0).standard_normal((_UNITS, _UNITS))
         square, order = torch.from_numpy(drawn), torch.randperm(_UNITS)
 
-        def bring() -> object:
+        def permute() -> object:
             moved = square.float().index_select(0, order).index_select(1, order).double()
             return moved.sub_(moved.mean(dim=1, keepdim=True)).div_(
                 torch.linalg.vector_norm(moved, dim=1, keepdim=True)
@@ -245,7 +245,7 @@ class _Rates:
             return zip_units(drawn.astype(np.float32), 2) if whole else match(drawn)
 
         flops = 2.0 * _UNITS**3 / _timed(lambda: square @ square)
-        return cls(flops, _timed(bring) / _UNITS**2, _timed(assign))
+        return cls(flops, _timed(permute) / _UNITS**2, _timed(assign))
 
 
 def _timed(trial: Callable[[], object]) -> float:

@@ -149,7 +149,7 @@ class Adapter:
     def config_on(self, base: Checkpoint) -> dict[str, Any]:
         """The config.json of the model that adapter and base make: of the adapter's head, or else the base's.
 
-        Raises CheckpointError for a head of which nothing says what architecture it belongs to.
+        Raises CheckpointError for a head whose architecture is unknown.
         """
         head = {name: self.checkpoint.tensors[name] for name in self.name_map.head}
         found = head_config(self, base, head) if head else base.config
@@ -204,7 +204,7 @@ class Shaped(Protocol):
 
 
 def head_config(adapter: Adapter, base: Checkpoint, head: Mapping[str, Shaped]) -> dict[str, Any]:
-    """The config.json of the model that an adapter's head belongs to; empty when it cannot be told.
+    """The config.json of the model that an adapter's head belongs to; empty when it is unknown.
 
     It is the adapter's own when it has one. PEFT does not write any: then it is the base's, with the architecture that
     transformers gives to the adapter's task and as many labels as the head has outputs.
@@ -313,6 +313,12 @@ class _Reading:
             raise self._bad(f"holds only one of the two factors of {module}", any_stored)
         A, B = (sides["table A"], sides["table B"]) if table else (sides["A"], sides["B"])
         left, right = self.own.tensors[B].shape, self.own.tensors[A].shape
+        if 0 in left or 0 in right:
+            raise self._bad(
+                f"adapts {module} by empty factors {list(left)} and {list(right)}, as DeepSpeed's ZeRO-3 leaves them",
+                B,
+                "save it again with stage3_gather_16bit_weights_on_model_save, or rebuild it with zero_to_fp32.py",
+            )
         if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
             raise self._bad(
                 f"adapts {module} by factors {list(left)} and {list(right)}, which are not a matrix's",
@@ -350,7 +356,7 @@ class _Reading:
                 "resize the vocabulary back to the base's, or use a base with the same tokenizer",
             )
         if found in self.pairs:
-            # PEFT stores a copy of an embedding beside the factors that adapt it.
+            # PEFT stores a copy of an embedding along with the factors that adapt it.
             unread = self.own.headers_only or self.base.headers_only
             same = unread or tensor_digest(self.own, stored) == tensor_digest(self.base, found)
             if info.dtype != theirs.dtype or not same:

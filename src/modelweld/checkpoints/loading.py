@@ -83,7 +83,7 @@ def load_under_head(head: str | Path, base: str | Path) -> Any:
 
 
 def config_of(path: str | Path, task: str | None = None, base: str | Path | None = None) -> dict[str, Any]:
-    """What config.json says of the model that `load` gives for the same arguments; empty when there is none."""
+    """The config.json of the model that `load` gives for the same arguments; empty when there is none."""
     root = Path(path)
     if task is not None and (root / HEADS).is_dir():
         return read_json(_head_directory(root, task) / "config.json")

@@ -31,7 +31,7 @@ _NOISE = (0.7, 1.1)
 
 
 def folded_rank(base: Checkpoint, expert: Checkpoint, names: Mapping[str, str]) -> int | None:
-    """The rank of the adapter that a half-precision expert seems to be; None where it is none, or cannot be told.
+    """The rank of the adapter that a half-precision expert seems to be; None where it is none, or unknown.
 
     `names` maps the base's names to the expert's. Of a few weights the leading rows are read and compared: most of
     those that were changed must be a low-rank delta under the noise of its rounding.

@@ -58,7 +58,7 @@ class Align(Strict):
     max_length: Annotated[int, Field(ge=1)] = 128
     repair: bool | None = Field(
         None,
-        description="compute BatchNorm statistics of the merge anew on the calibration rows; null does so where there "
+        description="recompute BatchNorm statistics of the merge on the calibration rows; null does so where there "
         "are both",
     )
 

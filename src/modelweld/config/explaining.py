@@ -88,14 +88,14 @@ def _without_other_branches(findings: Sequence[_Finding]) -> list[_Finding]:
     kept = []
     for finding in findings:
         others = [other for other in findings if other is not finding]
-        beside = {other.kind for other in others if other.place == finding.place}
+        same_key = {other.kind for other in others if other.place == finding.place}
         is_word = isinstance(finding.value, str)
         if finding.kind != "literal_error":
-            if not (is_word and "literal_error" in beside and finding.kind != "finite_number"):
+            if not (is_word and "literal_error" in same_key and finding.kind != "finite_number"):
                 kept.append(finding)
-        elif "finite_number" in beside:
+        elif "finite_number" in same_key:
             continue
-        elif "float_parsing" in beside:
+        elif "float_parsing" in same_key:
             words = finding.message.removeprefix("Input should be ")
             kept.append(replace(finding, message=f"Input should be a number or {words}"))
         elif is_word or not any(other.place.startswith(finding.place) for other in others):

@@ -50,7 +50,7 @@ def fetch(entry: Pinned, destination: Path, project_root: Path) -> Fetched:
     with _disk_trouble(entry, destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = _staging(entry, destination, project_root)
-        # Two runs may want the same source at once: the second waits, and finds the staging directory gone.
+        # Two runs may want the same source at once: the second waits, and then finds no staging directory.
         with FileLock(project_root / STAGING / f"{entry.key}.lock"):
             staging.mkdir(exist_ok=True)
             _check_space(entry, staging)
@@ -73,7 +73,7 @@ def _staging(entry: Pinned, destination: Path, project_root: Path) -> Path:
     name = f"fetch-{entry.key}-{hashlib.sha256(document.encode()).hexdigest()[:16]}"
     shared = project_root / STAGING
     shared.mkdir(parents=True, exist_ok=True)
-    # A rename does not cross file systems, so a destination elsewhere gets its staging directory beside it.
+    # A rename does not cross file systems, so a destination elsewhere gets a staging directory of its own next to it.
     same_device = shared.stat().st_dev == destination.parent.stat().st_dev
     return (shared if same_device else destination.parent) / (name if same_device else f".{name}")
 
@@ -192,7 +192,7 @@ def _rewrite_pickles(entry: Pinned, staging: Path) -> None:
     rewrite_pickles([staging / name for name in pickled], staging / f"{'adapter_' if adapter else ''}model.safetensors")
     for name in pickled:
         (staging / name).unlink()
-        # An index of shards that are gone would send every reader after them.
+        # An index would point readers to shards that are not there any more.
         (staging / name).with_name("pytorch_model.bin.index.json").unlink(missing_ok=True)
 
 

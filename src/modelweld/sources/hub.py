@@ -46,7 +46,7 @@ class HubRepository(Source):
         if self._uri.type not in ("model", "dataset"):
             raise SourceError(f"a {self._uri.type} of the Hub is no source", where=where, hint="hf://org/name@revision")
         self._revision = self._uri.revision
-        # False keeps a login stored on this machine out of it: what a run may read is said by its environment.
+        # False ignores a login stored on this machine: the environment alone decides what a run may read.
         self._token: str | bool = os.environ.get("HF_TOKEN") or False
         self._endpoint = os.environ.get("HF_ENDPOINT") or None
 

@@ -1,8 +1,10 @@
-"""MuDSC's room: derive the permutation groups of a model, check_invariance them, match the units of models, align.
+"""MuDSC: derive the permutation groups of a model, check them, match the units of models, align.
 
-`derive` finds the groups from the exported graph (`atoms` are its pieces, `rules` its knowledge of operations), `spec`
-holds and applies them, `proof` shows that they preserve the function. `align` matches: over `families` of groups, by
-`similarity`, with the solvers of `matching` and `zipping`; `placements` puts units where they were matched to.
+`derive` finds the groups from the exported graph (`atoms` are its pieces, `rules` its knowledge of operations). `spec`
+holds and applies them, `invariance` checks that they preserve the function. `align` matches: over `families` of groups,
+by `similarity` of weights and of what `observing` gathers of activations, with the solvers of `matching` and `zipping`
+(compiled in `greedy`). `placements` applies assignments, `view` does so as a checkpoint is read, and `repair`
+recomputes batch statistics.
 
     spec = derive_spec(model)
     found = align([one.state_dict(), other.state_dict()], spec)

@@ -1,7 +1,7 @@
 """The loop of zipping as machine code: take the most similar pair, merge it, update what that touched, and again.
 
 A pair (low, high) is looked for in the row of its lower unit. For every row the greatest entry is known, or, once its
-partner was merged away, a bound on it: such a row is searched anew only when no other row can be greater.
+partner was merged away, a bound on it: such a row is searched again only when no other row can be greater.
 
 What is merged gets a new column, behind the others. So the columns of one merge after another lie side by side, and
 writing one down does not fetch a line of memory a row: with wide layers that is most of the time.

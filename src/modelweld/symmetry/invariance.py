@@ -1,4 +1,4 @@
-"""Proof, before every alignment, that permuting by a spec leaves the model's function as it is."""
+"""A numerical check, before every alignment, that permuting by a spec preserves the model's function."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def output_error(
     for a, b in zip(before, after, strict=True):
         if not torch.isfinite(a).all():
             raise MergeError(
-                "its outputs are not finite, so nothing can be proved on them",
+                "its outputs are not finite, so nothing can be checked on them",
                 where=type(model).__name__,
                 hint="look for NaN or infinite weights: `modelweld stage validate` names the tensor",
             )

@@ -206,9 +206,9 @@ def _together(
 
     running = [pool.submit(run, number) for number in range(len(models))]
     errors = [error for error in (one.exception() for one in running) if error is not None]
-    told = [error for error in errors if not isinstance(error, BrokenBarrierError)]
+    first_failures = [error for error in errors if not isinstance(error, BrokenBarrierError)]
     if errors:
-        raise (told or errors)[0]
+        raise (first_failures or errors)[0]
 
 
 def _watch(model: nn.Module, chosen: Sequence[HookPoint], batch: Batch, tell: Callable[[Seen, Tensor], None]) -> None:
@@ -245,7 +245,7 @@ def _units(value: Tensor, axis: int, point: HookPoint, mask: Tensor | None) -> T
         value, axis = value[mask.bool()], 1  # (batch, positions, features) -> (positions, features)
     if value.shape[axis] != point.length:
         raise MergeError(
-            f"{value.shape[axis]} units are seen, the symmetry spec says {point.length}",
+            f"{value.shape[axis]} units were observed, the symmetry spec has {point.length}",
             where=point.module,
             hint="derive the spec from this model's own config",
         )

@@ -1,6 +1,6 @@
-"""Batch statistics of a merged model: averaged weights make other activations than any of the parents did.
+"""Batch statistics of a merged model: averaged weights give other activations than any of the parents.
 
-Source: REPAIR (arXiv 2211.08403): for networks with BatchNorm it is to compute the running statistics anew.
+Source: REPAIR (arXiv 2211.08403): for networks with BatchNorm it recomputes the running statistics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from modelweld.errors import MergeError
 
 
 def repair(model: nn.Module, batches: Iterable[Mapping[str, Any] | tuple[Any, ...]]) -> int:
-    """Compute every BatchNorm's running mean and variance anew over `batches`; how many layers there were.
+    """Recompute every BatchNorm's running mean and variance over `batches`; returns the number of layers.
 
     Works for BatchNorm1d, 2d and 3d, in place; all else of the model stays in evaluation mode. Each batch has the same
     weight. Raises MergeError for an empty loader and for statistics that are not finite.

@@ -200,7 +200,7 @@ class Spec:
         for dim, factors in enumerate(self.axes[name]):
             if tensor.ndim != len(self.axes[name]) or tensor.shape[dim] != length(factors):
                 raise MergeError(
-                    f"is {tuple(tensor.shape)}, the symmetry spec says {[length(axis) for axis in self.axes[name]]}",
+                    f"is {tuple(tensor.shape)}, the symmetry spec has {[length(axis) for axis in self.axes[name]]}",
                     where=name,
                     hint="derive the spec from this model's own config",
                 )
@@ -278,7 +278,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
-        """The spec that `to_json` wrote, or somebody by hand.
+        """The spec that `to_json` wrote, or a person by hand.
 
         Raises pydantic's ValidationError for text of another form, MergeError for groups that do not fit each other.
         """

@@ -153,9 +153,16 @@ def renamed(old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
+def emptied(directory: Path) -> None:
+    """What saving under DeepSpeed's ZeRO-3 leaves where the weights were not gathered first."""
+    file = directory / "adapter_model.safetensors"
+    save_file({name: torch.empty(0) for name in load_file(file)}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (emptied, r"empty factors \[0\] and \[0\], as DeepSpeed's ZeRO-3"),
         (edited(use_dora=True), "e0 uses use_dora"),
         (edited(lora_bias=True), "e0 uses lora_bias"),
         (edited(target_parameters=["mlp.experts.gate_up_proj"]), "e0 uses target_parameters"),

@@ -39,8 +39,8 @@ def squeeze(call: Call) -> Result:
     axes, sizes = call.first(), call.sizes(call.node.args[0])
     dims = call.arg(1, "dim")
     chosen = range(len(sizes)) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = {dim % len(sizes) for dim in chosen}
-    return [axis for dim, axis in enumerate(axes) if not (dim in gone and sizes[dim] == 1)]
+    removed = {dim % len(sizes) for dim in chosen}
+    return [axis for dim, axis in enumerate(axes) if not (dim in removed and sizes[dim] == 1)]
 
 
 @rule("expand", "repeat")
