@@ -85,7 +85,7 @@ OTHER_FILES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(100), "GGUF file"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 file"),
     "gzip": (b"\x1f\x8b\x08\0\0\0\0\xff" + bytes(100), "compressed by gzip"),
-    "torch.save": (_pickle, "zip archive, as torch.save"),
+    "torch.save": (_pickle, "is a pickle in a zip archive, as torch.save"),
     "old torch.save": (_old_pickle, "pickle, which can run code"),
 }
 

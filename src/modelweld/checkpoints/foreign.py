@@ -9,7 +9,7 @@ from modelweld.errors import CheckpointError
 SIGNATURE_BYTES = 64
 _CONVERT = "save the model as safetensors: model.save_pretrained(directory)"
 _PICKLE = "is a pickle, which can run code when it is read"
-_ZIP = "is a zip archive, as torch.save writes its pickles"
+_ZIP = "is a pickle in a zip archive, as torch.save writes them"
 # By the first bytes of the file.
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights", "run `git lfs pull` in the repository"),

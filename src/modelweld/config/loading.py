@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from modelweld.config.addresses import expanded
 from modelweld.config.explaining import explain
 from modelweld.config.params import Params
 from modelweld.config.reading import read_yaml
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """params.yaml, checked; raises ConfigError naming every wrong key."""
+    path = expanded(str(path))
     return _checked(_mapping_in(path), Params.model_validate, str(path))
 
 
@@ -33,6 +35,7 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises ConfigError naming every wrong key, and for models without a path.
     """
+    path = expanded(str(path))
     return _complete(_mapping_in(path), path)
 
 

@@ -141,6 +141,26 @@ def test_messages_name_the_users_keys_and_no_union_of_types(text: str, says: str
         raise ConfigError(caught.value.what)
 
 
+def test_files_may_be_named_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("method: average\nmodels: {a: {path: a}}\n")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    found = load_recipe(Path("~/recipe.yaml"))
+    assert found.models is not None
+    assert found.models["a"].path == str(tmp_path / "a")
+    assert load_params(Path("~/params.yaml")).name == "nightly"
+
+
+def test_the_old_name_of_zips_beta_is_read_and_a_mistake_in_it_is_named() -> None:
+    found = recipe("method: mudsc\nalign: {mode: zip, inside: 0.7}")
+    assert found.align.beta == 0.7
+    assert recipe("method: mudsc\nalign: {mode: zip, beta: 0.7}") == found
+    with pytest.raises(ConfigError, match=r"align\.inside: Input should be less than or equal to 1"):
+        recipe("method: mudsc\nalign: {inside: 2}")
+    with pytest.raises(ConfigError, match=r"align\.inside: unknown key"):
+        recipe("method: mudsc\nalign: {inside: 0.5, beta: 0.5}")
+
+
 def test_home_and_addresses_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     text = "method: average\nbase: ~/base\nmodels: {a: {path: a}, b: {path: 'hf://org/b@main'}, c: {path: /c}}\n"
