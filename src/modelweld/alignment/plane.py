@@ -75,7 +75,7 @@ class Corner:
 
     def away(self, origin: Corner, name: str) -> Tensor:
         """One tensor's difference, flat, in float64."""
-        return (self.backbone[name].double() - origin.backbone[name].double()).flatten()
+        return (self.backbone[name].double() - origin.backbone[name].double()).flatten()  # (elements,)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class _InMemory:
 
     def __init__(self, slot: Slot) -> None:
         self._raw = torch.empty(slot.nbytes, dtype=torch.uint8)
-        self.tensor = self._raw.view(slot.dtype).reshape(slot.shape)
+        self.tensor = self._raw.view(slot.dtype).reshape(slot.shape)  # (bytes,) -> the slot's shape
 
     def write(self, slot: Slot, start: int, data: memoryview) -> None:
         """Put bytes at `start`."""

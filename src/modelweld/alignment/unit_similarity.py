@@ -50,13 +50,14 @@ def _shown(
         if similarity is not None:
             # The second model's columns follow the first one's own, if the similarity has these.
             start = similarity.shape[1] - (len(models) - 1) * units
-            between += share * similarity[:units, start : start + units].double().numpy()
+            between += share * similarity[:units, start : start + units].double().numpy()  # (units, units)
     moved = found.permutations[1][group].numpy()
     rows = np.unique(np.linspace(0, units - 1, min(SHOWN_UNITS, units)).round().astype(int))
     return {
         "group": group,
         "models": [model.label for model in models[:2]],
         "units": rows.tolist(),
+        # (rows, rows) of (units, units)
         "before": between[np.ix_(rows, rows)].round(_DIGITS).tolist(),
         "after": between[np.ix_(rows, moved[rows])].round(_DIGITS).tolist(),
         "matched": {

@@ -357,6 +357,7 @@ class _Zip(_Align):
             if whole is None:
                 return [{} for _ in self.states], 0.0
             zipped = self._zip(whole.float().cpu().numpy())
+            # (models · units,) -> (models, units)
             return [{family.outer: part} for part in zipped[0].reshape(models, -1)], zipped[1]
         # Outer elements are matched one to one; their inner units are zipped over all models.
         orders, _ = super().pair_up(family, similarities)

@@ -60,7 +60,7 @@ def match_nested(inner: dict[str, Matrix], outer: Matrix | None = None, *, stay:
         found[name] = np.zeros((elements, elements, units), dtype=np.int64)  # (A, A, B)
         for row in range(elements):
             for column in range(elements):
-                found[name][row, column], value = match(similarity[row, :, column, :], stay=stay)
+                found[name][row, column], value = match(similarity[row, :, column, :], stay=stay)  # (B, B) -> (B,)
                 scores[row, column] += value
     order, value = match(scores, stay=stay)
     rows = np.arange(elements)

@@ -69,7 +69,7 @@ class Clustered:
                     shape[outer.dim] = len(share)
                     share = share[self._targets(outer.group, model, but)]
                     share = share if outer.dim < dim else share.T
-                tensor *= share.reshape(shape)
+                tensor *= share.reshape(shape)  # (1, …, length, …, 1), or (1, …, elements, …, length, …, 1)
         return tensor
 
     def copy(self) -> Clustered:

@@ -215,6 +215,7 @@ class Spec:
             outer = cast(Outside, self.outside(name, dim))
             index = self.index(factors, permutations, outer.group).to(tensor.device)
             along = dim - (outer.dim < dim)
+            # One element's slice after the other: the shape stays.
             tensor = torch.stack(
                 [part.index_select(along, row) for part, row in zip(tensor.unbind(outer.dim), index, strict=True)],
                 dim=outer.dim,
@@ -334,4 +335,4 @@ class Spec:
             raise MergeError("a group inside a group that is itself nested is not supported", hint="freeze one of them")
         shape = [1] * dims
         shape[depth] = -1
-        return permutation.reshape(shape)
+        return permutation.reshape(shape)  # (1, …, elements, …, 1), to broadcast against inner permutations
