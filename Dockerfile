@@ -13,7 +13,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN /opt/modelweld/bin/pip install --retries 1 --extra-index-url "$TORCH_INDEX" --constraint constraints.txt torch
 COPY src ./src
 COPY flows ./flows
-RUN /opt/modelweld/bin/pip install --constraint constraints.txt ".[s3]"
+RUN /opt/modelweld/bin/pip install --constraint constraints.txt ".[all]"
 
 FROM python:3.11-slim-bookworm
 RUN apt-get update \

@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+RUNS   := $(VENV)/.ready-to-run
 READY  := $(VENV)/.ready
 # One test process per core, at most four: each holds torch, and some hold a server.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 4 ? n : 4 )))
@@ -24,15 +25,23 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:
 	@sed -n 's/^#//p' Makefile | head -5
 
-$(READY): pyproject.toml constraints.txt
-	@echo "==> installing modelweld and its tools into $(VENV) (a few minutes the first time)"
+# Without compiling every module of every package: Python compiles what is imported, once, when it is imported.
+install = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+
+$(RUNS): pyproject.toml constraints.txt
+	@echo "==> installing modelweld into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "modelweld needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	@$(install) ".[demo]"
 	@touch $@
 
-demo: $(READY)
+$(READY): $(RUNS)
+	@echo "==> installing the tools that develop it"
+	@$(install) ".[demo,dev]"
+	@touch $@
+
+demo: $(RUNS)
 	@echo "==> preparing data and finetuning one expert a task (skipped where up to date)"
 	@cd examples/minilm && $(abspath $(BIN))/python prepare.py
 	@echo "==> fetch → validate → merge → evaluate → register"

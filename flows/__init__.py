@@ -3,6 +3,6 @@
 `merge` is the mission; `steps` are its tasks; `crashed_runs` reports runs whose process died; `server` is
 there when no other Prefect server is.
 
-    from flows.merge import merge
+    from modelweld.flows.merge import merge
     merge(project=".")
 """

@@ -8,7 +8,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from flows.steps import log_progress
+from modelweld.flows.steps import log_progress
 from modelweld.workspace import Project, RunState
 
 

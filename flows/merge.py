@@ -11,8 +11,8 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.crashed_runs import report_crashed_runs
-from flows.steps import (
+from modelweld.flows.crashed_runs import report_crashed_runs
+from modelweld.flows.steps import (
     RetryPolicy,
     log_progress,
     merge_notes,

@@ -63,7 +63,7 @@ def again(finished: tuple[Toy, dict[str, Any]], tmp_path: Path) -> Toy:
 
 
 def run(toy: Toy, **options: Any) -> dict[str, Any]:
-    from flows.merge import merge
+    from modelweld.flows.merge import merge
 
     chosen = {"frozen": True, "to_registry": False, "retry_delays_s": (0.0, 0.0), **options}
     done: dict[str, Any] = merge(project=str(toy.root), **chosen)

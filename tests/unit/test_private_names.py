@@ -36,7 +36,7 @@ def package_of(file: Path) -> str:
 def foreign_private_names(source: str, package: str) -> Iterator[str]:
     """What the source imports from modelweld or flows, under a private name, from outside `package`."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("modelweld", "flows"):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("modelweld",):
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 private = any(part.startswith("_") and not part.endswith("__") for part in name.split("."))

@@ -6,11 +6,12 @@ import importlib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from modelweld import extras
 from modelweld.errors import ModelweldError
 
 INTERRUPTED = 130
@@ -93,17 +94,18 @@ def emit(document: Any, text: Any = None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; 0 done, 1 a check said no, 2 bad input, 3 something outside failed, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _import_commands(words)
     # `modelweld merge … --json` reads more naturally than `modelweld --json merge …`: both are taken.
     leading = [flag for flag in ("--json", "--debug") if flag in words]
     words = leading + [word for word in words if word not in leading]
     try:
+        _import_commands(words)
         app(words)
     except ModelweldError as error:
-        if options.debug:
-            stderr.print_exception()
-        _show(error)
-        sys.exit(error.exit_code)
+        _leave(error)
+    except ModuleNotFoundError as error:
+        if (needed := extras.explain(error)) is None:
+            raise
+        _leave(needed)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:
             stderr.print("what was finished is kept; the same command goes on from there", style="yellow")
@@ -117,6 +119,14 @@ def _import_commands(words: list[str]) -> None:
     modules = [COMMANDS[named]] if named in COMMANDS else dict.fromkeys(COMMANDS.values())
     for module in modules:
         importlib.import_module(f"modelweld.cli.{module}")
+
+
+def _leave(error: ModelweldError) -> NoReturn:
+    """Print the error and exit with its code."""
+    if options.debug:
+        stderr.print_exception()
+    _show(error)
+    sys.exit(error.exit_code)
 
 
 def _show(error: ModelweldError) -> None:

@@ -41,7 +41,7 @@ def run(
     if not allow_dirty:
         project.require_clean()
     ready = _prefect(project)
-    from flows.merge import merge
+    from modelweld.flows.merge import merge
 
     _show_progress(stage_lines=not quiet)
     ready()
@@ -89,7 +89,7 @@ def _show_line(line: str) -> None:
 
 def _prefect(project: Project) -> Callable[[], None]:
     """Set Prefect up as the user did, else with a home in the project and a server of this process; waits for that."""
-    from flows.server import temporary_server
+    from modelweld.flows.server import temporary_server
     from modelweld.workspace.processes import TELEMETRY_OFF
 
     settings = dict(TELEMETRY_OFF)
