@@ -79,7 +79,7 @@ def rows(digits: Path, split: str = "train") -> dict[str, Any]:
 def accuracy(merged: Path, digits: Path) -> float:
     """The mean over both tasks of the share of test images that are right."""
     from modelweld.evaluation.images import image_logits, preprocessing, read_images
-    from modelweld.evaluation.predictors import Settings
+    from modelweld.evaluation.settings import Settings
 
     right = []
     for task, names in TASKS.items():

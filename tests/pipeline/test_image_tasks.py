@@ -139,6 +139,13 @@ def test_by_hand_a_column_of_images_says_that_images_are_classified(
     document = json.loads(capsys.readouterr().out)
     kept = evaluate("low", finished / "params.yaml", finished)
     assert document["systems"]["model"]["accuracy"]["value"] == kept["systems"]["expert"]["accuracy"]["value"]
+    by_role = ["--dataset", rows, "--column", "image=image", "--column", "label=label"]
+    assert run(["evaluate", str(finished / "models" / "low"), *by_role, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == document
+    assert run(["evaluate", str(finished / "models" / "low"), *by_role, "--column", "picture=image"]) == 2
+    assert "roles are text, label, image" in capsys.readouterr().err
+    assert run(["evaluate", str(finished / "models" / "low"), *by_role, "--label", "image"]) == 2
+    assert "two columns of role label" in capsys.readouterr().err
     named = ["--dataset", rows, "--kind", "text-classification", "--text", "label"]
     assert run(["evaluate", str(finished / "models" / "low"), *named]) == 2
     assert "classifies no texts" in capsys.readouterr().err

@@ -285,7 +285,7 @@ def test_mlflow_holds_no_weights_but_the_whole_story(recorded: Recorded, tmp_pat
     registry = opened(recorded)
     run_id = outcome.registered.run_id
     stored = [path for path in (tmp_path / ".modelweld" / "mlflow").rglob("*") if path.is_file()]
-    assert {path.name for path in stored} >= {"manifest.json", "dvc.lock", "animal.json", "MLmodel", "served.py"}
+    assert {path.name for path in stored} >= {"manifest.json", "dvc.lock", "animal.json", "MLmodel", "pyfunc_model.py"}
     assert sum(path.stat().st_size for path in stored) < 100_000
     assert not [path for path in stored if path.suffix == ".safetensors"]
 

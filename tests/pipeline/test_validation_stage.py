@@ -436,7 +436,7 @@ def test_what_was_sound_among_the_spoiled_is_not_blamed(museum: tuple[Project, G
     assert (project.root / ".modelweld/data-docs/index.html").is_file()
 
 
-def test_strangers_are_refused_without_a_lock_too(museum: tuple[Project, GateRefused]) -> None:
+def test_unexpected_directories_are_refused_without_a_lock_too(museum: tuple[Project, GateRefused]) -> None:
     found = museum[0].result("dataset:stray.parquet", "source_is_pinned")
     assert (found["success"], found["where"]) == (False, "datasets/stray.parquet")
     assert "rm -r models/left-over" in museum[0].result("model:left-over", "source_is_pinned")["hint"]

@@ -19,7 +19,7 @@ from modelweld.alignment.rows import Calibration, accuracy_on, calibration_of
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Params, load_params, load_recipe_or_params
-from modelweld.config.align import Align, Rows
+from modelweld.config.align import Align
 from modelweld.engine import Inputs, open_inputs
 from modelweld.engine.inputs import Expert, task_of
 from modelweld.errors import ConfigError, InputError
@@ -96,9 +96,7 @@ class _TaskScore:
         if self.task not in params.tasks:
             raise ConfigError(f"no task {self.task!r} is known", where="tasks", hint="name its dataset in params.yaml")
         spec = params.tasks[self.task]
-        image = spec.image if spec.kind == "image-classification" else None
-        where = str(root / "datasets" / spec.dataset)
-        rows = Rows(dataset=where, split="validation", text=spec.text, image=image, label=spec.label)
+        rows = spec.rows(str(root / "datasets" / spec.dataset), "validation")
         limits = settings.model_copy(update={"max_length": spec.max_length})
         self._accuracy = accuracy_on(rows, limits, self.task, expert, inputs)
         self._names = expert.name_map.names

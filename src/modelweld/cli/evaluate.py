@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from modelweld.cli.app import app, emit
 from modelweld.errors import ConfigError
+from modelweld.kinds import ROLES, KindName, MetricName
 
 Base = Annotated[
     Path | None,
@@ -25,18 +26,18 @@ def evaluate(
         typer.Option(help="A folder of <split>.parquet|csv|jsonl, such a file, or hf://org/name@revision."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split to score.")] = None,
-    kind: Annotated[
-        Literal["text-classification", "image-classification"] | None, typer.Option(help="What is classified.")
-    ] = None,
+    kind: Annotated[KindName | None, typer.Option(help="The kind of task.")] = None,
     text: Annotated[str | None, typer.Option(help="The column with the texts.")] = None,
     image: Annotated[
         str | None, typer.Option(help="The column with the images; says that images are classified.")
     ] = None,
     label: Annotated[str | None, typer.Option(help="The column with the labels.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longer texts are cut, in tokens.")] = None,
-    metric: Annotated[
-        Literal["accuracy", "macro_f1"] | None, typer.Option(help="What is normalised by the expert's.")
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help=f"A column by its role: {', '.join(ROLES)}. Repeatable."),
     ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longer texts are cut, in tokens.")] = None,
+    metric: Annotated[MetricName | None, typer.Option(help="What is normalised by the expert's.")] = None,
     expert: Annotated[Path | None, typer.Option(help="The task's expert, to normalise by and to test against.")] = None,
     params: Annotated[Path, typer.Option(help="Where a task's dataset and columns are looked up.")] = Path(
         "params.yaml"
@@ -46,34 +47,39 @@ def evaluate(
         bool, typer.Option("--joint", help="Image tasks: score all heads together, over the classes of all of them.")
     ] = False,
 ) -> None:
-    """Score one model on one task; what is not said here is taken from params.yaml, where there is one."""
+    """Score one model on one task; options that are left out are taken from params.yaml, where there is one."""
     from modelweld.reporting.tables import joint_table, task_table
-    from modelweld.stages.evaluate import asked, evaluate_model
+    from modelweld.stages.evaluate import evaluate_model, resolve_request
 
+    columns = _columns(column or [], {"text": text, "image": image, "label": label})
     if joint:
-        named = {"--task": task, "--dataset": dataset, "--kind": kind, "--text": text}
-        _none_of({**named, "--expert": expert}, "--joint takes all heads, their datasets and experts from params.yaml")
-        from modelweld.stages.joint import evaluate_joint
+        named = {"--task": task, "--dataset": dataset, "--kind": kind, "--text": text, "--expert": expert}
+        _none_of(named, "--joint takes all heads, their datasets and experts from params.yaml")
+        from modelweld.evaluation.joint_label_space import evaluate_joint
 
-        both = evaluate_joint(model, params, {"split": split, "image": image, "label": label}, metric).to_dict()
+        both = evaluate_joint(model, params, split, columns, metric).to_dict()
         emit(both, joint_table(both))
         return
-    said: dict[str, Any] = {
-        "dataset": dataset,
-        "split": split,
-        "kind": kind,
-        "text": text,
-        "image": image,
-        "label": label,
-    }
-    said |= {"max_length": max_length}
-    sample, how = asked(task, params, said, metric)
-    document = evaluate_model(model, sample, how, task=task, expert=expert, root=Path(), base=base).to_dict()
+    changes = {"dataset": dataset, "split": split, "kind": kind, "max_length": max_length}
+    spec, settings = resolve_request(task, params, changes, columns, metric)
+    document = evaluate_model(model, spec, settings, task=task, expert=expert, root=Path(), base=base).to_dict()
     emit(document, task_table(document))
 
 
+def _columns(pairs: list[str], options: dict[str, str | None]) -> dict[str, str]:
+    """Columns by role, from `--column ROLE=NAME` and the options that are named as a role."""
+    columns = {role: name for role, name in options.items() if name is not None}
+    for pair in pairs:
+        role, equals, name = pair.partition("=")
+        if not equals or not name or role not in ROLES:
+            raise ConfigError(f"{pair!r} is not ROLE=NAME", where="--column", hint=f"roles are {', '.join(ROLES)}")
+        if columns.setdefault(role, name) != name:
+            raise ConfigError(f"two columns of role {role}: {columns[role]}, {name}", where="--column", hint="name one")
+    return columns
+
+
 def _none_of(options: dict[str, Any], why: str) -> None:
-    """Refuse options that make no sense beside another."""
+    """Refuse options that contradict another one."""
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise ConfigError(why, where=", ".join(given), hint="leave them out")

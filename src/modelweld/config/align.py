@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from modelweld.config.addresses import below
 from modelweld.config.methods import Share
 from modelweld.config.strict import Strict
+from modelweld.kinds import DEFAULT, KindName, implied_by
 
 
 class Rows(Strict):
@@ -20,6 +21,25 @@ class Rows(Strict):
     text: str = Field("text", description="column of texts, unless `image` names one of images")
     image: str | None = Field(None, description="column of images: the rows are then images")
     label: str = Field("label", description="column of labels; calibration rows need none")
+    kind: KindName | None = Field(None, description="of the task that has these rows; null is told by the columns")
+    columns: dict[str, str] = Field(default_factory=dict, description="columns of other roles, by role")
+
+    @property
+    def task_kind(self) -> str:
+        """The kind of task that these rows are of."""
+        return self.kind or implied_by(self.columns_by_role) or DEFAULT
+
+    @property
+    def columns_by_role(self) -> dict[str, str]:
+        """The columns that are named."""
+        columns = {"text": self.text, "image": self.image, "label": self.label, **self.columns}
+        return {role: column for role, column in columns.items() if column is not None}
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests and records hold these rows. In 0.1.0 they had neither key, and must be the same when made again.
+        document: dict[str, Any] = dump(self)
+        return {key: value for key, value in document.items() if value or key not in ("kind", "columns")}
 
 
 class Align(Strict):

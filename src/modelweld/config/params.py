@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from modelweld.config.align import Align, Rows
 from modelweld.config.recipe import AnyRecipe, ExpertEntry, Name, Recipe
 from modelweld.config.strict import Strict
 from modelweld.hardware import Request
+from modelweld.kinds import DEFAULT, KINDS, ROLES, KindName, MetricName
 
 
 class SourceEntry(Strict):
@@ -25,13 +26,40 @@ class Task(Strict):
 
     model: Name
     dataset: Name
-    kind: Literal["text-classification", "image-classification"] = "text-classification"
+    kind: KindName = DEFAULT
     text: str = Field("text", description="column of texts; for text-classification")
     image: str = Field("image", description="column of images, encoded or as arrays; for image-classification")
     label: str = "label"
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description=f"columns by role, where they are not named as their role; roles: {', '.join(ROLES)}",
+    )
     split: str = "test"
     train_split: str | None = Field("train", description="checked for leakage into `split`; null when there is none")
     max_length: Annotated[int, Field(ge=1)] = 128
+
+    @model_validator(mode="after")
+    def _roles_are_of_the_kind(self) -> Self:
+        roles = KINDS[self.kind].roles
+        for role in self.columns:
+            if role not in roles:
+                raise ValueError(f"columns: {self.kind} has no {role!r}, only {', '.join(roles)}")
+            if role in self.model_fields_set and getattr(self, role) != self.columns[role]:
+                raise ValueError(f"columns.{role} and {role} name two columns")
+        return self
+
+    @property
+    def columns_by_role(self) -> dict[str, str]:
+        """The column of every role that the kind has."""
+        return {role: self.columns.get(role, getattr(self, role, role)) for role in KINDS[self.kind].roles}
+
+    def rows(self, dataset: str, split: str) -> Rows:
+        """A split of the task's data set, as an alignment names rows."""
+        columns = self.columns_by_role
+        named = {role: columns.pop(role) for role in ("text", "image", "label") if role in columns}
+        rows = Rows(dataset=dataset, split=split, columns=columns, **named)
+        # Rows of a kind that their columns already tell are written without it.
+        return rows if rows.task_kind == self.kind else rows.model_copy(update={"kind": self.kind})
 
 
 class Validate(Strict):
@@ -61,7 +89,11 @@ class Evaluate(Strict):
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     seed: int = 0
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    metric: MetricName = "accuracy"
+
+    def with_metric(self, metric: str) -> Self:
+        """The same settings with another metric, checked."""
+        return self.model_validate(self.model_dump() | {"metric": metric})
 
 
 class Register(Strict):
@@ -95,6 +127,9 @@ class Params(Strict):
                 raise ValueError(f"tasks.{task}.model: no expert named {spec.model!r} in models")
             if spec.dataset not in self.datasets:
                 raise ValueError(f"tasks.{task}.dataset: no dataset named {spec.dataset!r} in datasets")
+            metrics = [metric.name for metric in KINDS[spec.kind].metrics]
+            if self.evaluate.metric not in metrics:
+                raise ValueError(f"evaluate.metric: {spec.kind} (tasks.{task}) is scored by {', '.join(metrics)}")
         for key, recipe in {"merge": self.merge, **{f"baselines.{k}": v for k, v in self.baselines.items()}}.items():
             for expert in recipe.models or {}:
                 if expert not in self.models:
@@ -121,8 +156,7 @@ class Params(Strict):
         """The settings with the tasks' own rows where none are named: train to calibrate, validation to choose."""
 
         def of(task: Task, split: str) -> Rows:
-            image = task.image if task.kind == "image-classification" else None
-            return Rows(dataset=f"datasets/{task.dataset}", split=split, text=task.text, image=image, label=task.label)
+            return task.rows(f"datasets/{task.dataset}", split)
 
         # Rows that nothing needs are not read: weights alone match units, and most models have no batch statistics.
         train = {name: of(task, task.train_split) for name, task in self.tasks.items() if task.train_split}

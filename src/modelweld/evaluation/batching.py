@@ -1,4 +1,4 @@
-"""Batches of rows of like length, so that little of a batch is padding."""
+"""Batches of rows of similar length, to minimise padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions kept by content: the key says everything that decides them, the entry proves that it is whole."""
+"""Predictions cached by content: the key covers everything they depend on, and each entry verifies itself."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 _SEAL = b"modelweld.seal"
+CONFIDENCE_DIGITS = 4  # float32 noise between batch shapes stays below
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ def content_key(parts: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class PredictionCache:
-    """A folder of <key>.parquet. A damaged, foreign or renamed entry is not believed: `get` returns None."""
+    """A folder of <key>.parquet. `get` returns None for an entry that is damaged, foreign or renamed."""
 
     folder: Path
 
     def get(self, key: str, rows: int) -> Predictions | None:
-        """The entry of `key`, or None when there is none that can be believed."""
+        """The entry of `key`, or None when there is none, or none that verifies."""
         path = self.folder / f"{key}.parquet"
         try:
             table = pq.read_table(path, columns=["class", "confidence"])
@@ -63,7 +64,7 @@ class PredictionCache:
         return found
 
     def put(self, key: str, predictions: Predictions) -> None:
-        """Keep an entry; appears whole or not at all. A cache that cannot be written costs time, never a result."""
+        """Store an entry by rename, never half written. A cache that cannot be written only costs time."""
         schema = pa.schema(
             [("class", pa.int64()), ("confidence", pa.float32())],
             metadata={_SEAL: _seal(key, predictions).encode("ascii")},

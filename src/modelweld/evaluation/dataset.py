@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from blake3 import blake3
 
@@ -29,6 +29,16 @@ class EvaluationSet:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a model reads: the texts."""
+        return self.texts
+
+    def only(self, rows: Sequence[int]) -> Self:
+        """The same set with these rows, by number."""
+        texts, labels = tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows)
+        return replace(self, texts=texts, labels=labels)
 
     def digest(self) -> str:
         """BLAKE3 of the rows' content: the same for parquet, csv and jsonl, another after any edit or reordering."""

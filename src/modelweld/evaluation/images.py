@@ -19,8 +19,8 @@ from PIL import Image
 
 from modelweld.checkpoints.checkpoint import read_json
 from modelweld.errors import CheckpointError, ConfigError, ExternalError, InputError, SourceError
-from modelweld.evaluation.cache import Predictions
-from modelweld.evaluation.predictors import CONFIDENCE_DIGITS, Settings
+from modelweld.evaluation.cache import CONFIDENCE_DIGITS, Predictions
+from modelweld.evaluation.settings import Settings
 from modelweld.images import Unreadable, decode, fingerprint
 
 PROCESSOR = "preprocessor_config.json"
@@ -40,6 +40,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def inputs(self) -> tuple[Image.Image, ...]:
+        """What a model reads: the images."""
+        return self.images
 
     @cached_property
     def _digest(self) -> str:
@@ -61,28 +66,28 @@ Pick = Callable[[int], Sequence[int]]
 def read_images(source: str, split: str, image: str, label: str, pick: Pick | None = None) -> ImageSet:
     """One split of `source`, a folder of <split>.parquet or such a file; of its rows those that `pick` names.
 
-    `pick` is told how many there are. InputError when the split, a column or a value is missing, or a row's image
-    cannot be decoded: it names the row.
+    `pick` is called with the number of rows. InputError when the split, a column or a value is missing, or when an
+    image cannot be decoded, naming its row.
     """
     path, table = _table(source, split, (image, label))
-    chosen = pick(table.num_rows) if pick else range(table.num_rows)
+    rows = pick(table.num_rows) if pick else range(table.num_rows)
     column = table.column(label)
-    labels = [column[row].as_py() for row in chosen]
-    for row, value in zip(chosen, labels, strict=True):
+    labels = [column[row].as_py() for row in rows]
+    for row, value in zip(rows, labels, strict=True):
         if not isinstance(value, int | str):
             raise InputError(
                 f"row {row}: column {label!r} holds {value!r}, neither a class number nor a class name",
                 where=str(path),
                 hint="drop or fix the row",
             )
-    images = _decoded(table, image, chosen, path)
+    images = _decoded(table, image, rows, path)
     return ImageSet(images, tuple(labels), _class_names(table.schema, label), str(path))
 
 
-def read_unlabelled(source: str, split: str, image: str, pick: Pick) -> tuple[Image.Image, ...]:
+def read_unlabelled(source: str, split: str, image: str, pick: Pick | None = None) -> tuple[Image.Image, ...]:
     """The images of the rows that `pick` names, as for `read_images`; no label is asked for."""
     path, table = _table(source, split, (image,))
-    return _decoded(table, image, pick(table.num_rows), path)
+    return _decoded(table, image, pick(table.num_rows) if pick else range(table.num_rows), path)
 
 
 def _table(source: str, split: str, columns: Sequence[str]) -> tuple[Path, pyarrow.Table]:
@@ -244,7 +249,7 @@ def image_logits(
     return np.asarray(every.numpy())
 
 
-def chosen(logits: NDArray[np.float32]) -> Predictions:
+def top_class(logits: NDArray[np.float32]) -> Predictions:
     """The class of every row and its probability."""
     probabilities, classes = torch.from_numpy(logits).softmax(dim=-1).max(dim=-1)
     confidence = np.round(probabilities.double().numpy(), CONFIDENCE_DIGITS).astype(np.float32)
@@ -258,4 +263,4 @@ def joint(logits: Sequence[NDArray[np.float32]]) -> Predictions:
     """
     if len({len(one) for one in logits}) != 1:
         raise InputError("the heads answered different rows", hint="predict the same rows with every head")
-    return chosen(np.concatenate(list(logits), axis=1))
+    return top_class(np.concatenate(list(logits), axis=1))

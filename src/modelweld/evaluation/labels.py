@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -66,27 +67,36 @@ class LabelSpace:
     def __len__(self) -> int:
         return len(self.names)
 
-    def encode(self, rows: Labelled, task: str) -> Classes:
-        """The rows' labels as class numbers; InputError naming the first row whose label this head does not know.
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def _numeric(self) -> bool:
+        return bool(self.names) and all(name.lstrip("-").isdigit() for name in self.names)
+
+    def number(self, label: Any, class_names: tuple[str, ...] | None) -> int | None:
+        """The class number of a raw label; None when this head has no such class.
 
         Names are looked up. Integers are class numbers, except where they are names: a set that declares names for
-        its integers is read by those names when the head knows any of them, and a head whose names are themselves
-        integers (star ratings 1…5) is asked by name.
+        its integers (`class_names`) is read by those names when the head knows any of them, and a head whose names are
+        themselves integers (star ratings 1…5) is asked by name.
         """
-        by_name = {name: number for number, name in enumerate(self.names)}
-        declared = rows.class_names if rows.class_names and by_name.keys() & set(rows.class_names) else None
-        numeric = all(name.lstrip("-").isdigit() for name in self.names)
+        if isinstance(label, str):
+            return self._by_name.get(label)
+        if not isinstance(label, int):
+            return None
+        if class_names and not self._by_name.keys().isdisjoint(class_names):
+            return self._by_name.get(class_names[label]) if 0 <= label < len(class_names) else None
+        if self._numeric:
+            return self._by_name.get(str(int(label)))
+        return int(label) if 0 <= label < len(self) else None
+
+    def encode(self, rows: Labelled, task: str) -> Classes:
+        """The rows' labels as class numbers; InputError naming the first row whose label this head does not know."""
         classes = np.empty(len(rows), dtype=np.int64)
         for row, label in enumerate(rows.labels):
-            number: int | None
-            if isinstance(label, str):
-                number = by_name.get(label)
-            elif declared is not None:
-                number = by_name.get(declared[label]) if 0 <= label < len(declared) else None
-            elif numeric:
-                number = by_name.get(str(int(label)))
-            else:
-                number = int(label) if 0 <= label < len(self) else None
+            number = self.number(label, rows.class_names)
             if number is None:
                 shown = ", ".join(self.names[:8]) + (", …" if len(self) > 8 else "")
                 raise InputError(

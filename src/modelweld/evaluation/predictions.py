@@ -1,4 +1,4 @@
-"""predictions/<task>.parquet: row, label, and each system's label and confidence; equal input gives equal bytes."""
+"""predictions/<task>.parquet: a row number, then the columns of the task's kind; equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modelweld.evaluation.cache import Predictions
-from modelweld.evaluation.labels import Classes, LabelSpace
-from modelweld.evaluation.scores import reading_order
 
-
-def write_predictions(path: Path, space: LabelSpace, truth: Classes, systems: Mapping[str, Predictions]) -> None:
+def write_predictions(path: Path, columns: Mapping[str, pa.Array]) -> None:
     """Write the file by rename: DVC may have linked the old one into its cache, which must not change."""
-    names = pa.array(space.names, pa.string())
-    columns: dict[str, pa.Array] = {
-        "row": pa.array(np.arange(len(truth), dtype=np.int64)),
-        "label": names.take(pa.array(truth)),
-    }
-    for system in reading_order(systems):
-        columns[system] = names.take(pa.array(systems[system].classes))
-        columns[f"{system}.confidence"] = pa.array(systems[system].confidence)
+    rows = len(next(iter(columns.values())))
+    numbers = pa.array(np.arange(rows, dtype=np.int64))
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f".{path.name}.writing")
     pq.write_table(
-        pa.table(columns),
+        pa.table({"row": numbers, **columns}),
         writing,
         version="2.6",
         data_page_version="1.0",

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from modelweld.errors import InputError
 from modelweld.hardware import PrecisionChoice
 
 VERSION = 1
-EXPERT = "expert"
-FIRST, LAST = ("base", EXPERT), ("merged",)
+BASE, EXPERT, MODEL = "base", "expert", "model"
+FIRST, LAST = (BASE, EXPERT), ("merged",)
 
-Metric = Literal["accuracy", "macro_f1"]
+Metric = str
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SystemScores:
 
     def score(self, metric: Metric) -> Interval:
         """The interval of `metric`."""
-        return self.accuracy if metric == "accuracy" else self.macro_f1
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}[metric]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TaskScores:
     precision: PrecisionChoice | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: `normalised` is a bare number, its interval stands beside it."""
+        """The JSON document: `normalised` is a bare number; its interval is a key of its own."""
         document = asdict(self) | {"version": VERSION}
         if self.precision is None:
             del document["precision"]
@@ -175,21 +175,21 @@ def write_scores(scores: TaskScores, path: Path) -> None:
 
 
 def read_scores(path: Path) -> TaskScores:
-    """The scores of one task; InputError when the file is none of ours."""
+    """The scores of one task; InputError when the file is not a scores document."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["version"] != VERSION:
             raise InputError(
                 f"scores of version {document['version']}, this modelweld reads {VERSION}",
                 where=str(path),
-                hint="`dvc repro` with this modelweld writes them anew",
+                hint="`dvc repro` with this modelweld writes them again",
             )
         return TaskScores.from_dict(document)
     except FileNotFoundError as error:
         raise InputError("no such scores", where=str(path), hint="`dvc repro` or `modelweld run` makes them") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"not a scores file: {error}", where=str(path), hint="delete it; `dvc repro` writes it anew"
+            f"not a scores file: {error}", where=str(path), hint="delete it; `dvc repro` writes it again"
         ) from error
 
 
@@ -216,6 +216,6 @@ def scoreboard(root: Path, tasks: Iterable[str] | None = None) -> Scoreboard:
             raise InputError(
                 f"no scores of {', '.join(sorted(missing))}, which other tasks have",
                 where=str(folder / f"{name}.json"),
-                hint="`dvc repro` scores every system on every task; delete the scores of tasks that are gone",
+                hint="`dvc repro` scores every system on every task; delete the scores of tasks that no longer exist",
             )
     return Scoreboard(metrics.pop(), found)

@@ -16,9 +16,11 @@ import yaml
 
 from modelweld.config import Register, Task
 from modelweld.errors import WorkspaceError
+from modelweld.kinds import DEFAULT
 from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import connect, guarded, tracking_uri
 from modelweld.registry.gate import Decision, Scoreboard
+from modelweld.registry.prediction import ServedTask
 from modelweld.registry.promotion import nominate, open_registry
 from modelweld.registry.registration import Parent, RegisteredVersion, Registration, find_version, register
 from modelweld.workspace import Project, Record, materialise
@@ -107,7 +109,10 @@ def registration_from_record(project_root: Path, tag: str, *, plots: tuple[Path,
         scoreboard=_scoreboard(record, params),
         parents=_parents(json.loads(sources), params),
         params=params,
-        tasks={task: spec.get("max_length", DEFAULT_MAX_LENGTH) for task, spec in params.get("tasks", {}).items()},
+        tasks={
+            task: ServedTask(spec.get("max_length", DEFAULT_MAX_LENGTH), spec.get("kind", DEFAULT))
+            for task, spec in params.get("tasks", {}).items()
+        },
         lock_digest=record.lock_digest,
         sources_digest="sha256:" + hashlib.sha256(sources).hexdigest(),
         documents=documents,

@@ -1,64 +1,66 @@
-"""Predicting with a registered version: texts in, a label and its probability out, one head at a time."""
+"""Predicting with a registered version: rows in, a frame of predictions out, one head at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Self
 
 from modelweld.errors import InputError
+from modelweld.evaluation.kinds import kind_of
+from modelweld.kinds import DEFAULT, KINDS, ServedColumn
 from modelweld.registry.address import DvcAddress
 from modelweld.registry.materialise import materialise
 
-TEXT = "text"
-BATCH_ROWS = 64
-MAX_LENGTH = 512
+if TYPE_CHECKING:
+    import pandas
+
+    from modelweld.evaluation.kinds.base import Server
+
+
+@dataclass(frozen=True)
+class ServedTask:
+    """One head of a registered version: its kind of task, and the number of tokens its texts are cut to."""
+
+    max_length: int
+    kind: str = DEFAULT
+
+    def to_config(self) -> int | dict[str, Any]:
+        """What the version's model_config holds; for texts the number of tokens, as every release reads it."""
+        return self.max_length if self.kind == DEFAULT else asdict(self)
+
+    @classmethod
+    def from_config(cls, value: Any) -> Self:
+        """The record that `to_config` gave."""
+        return cls(value) if isinstance(value, int) else cls(**value)
 
 
 class Predictor:
     """A merged directory that predicts; each head is loaded at its first use and kept."""
 
-    def __init__(self, directory: Path, tasks: Mapping[str, int], device: str = "cpu") -> None:
-        """`tasks` maps each head to the number of tokens its texts are cut to."""
+    def __init__(self, directory: Path, tasks: Mapping[str, ServedTask], device: str = "cpu") -> None:
         self.directory = directory
         self.tasks = dict(tasks)
         self.device = device
-        self._loaded: dict[str, tuple[Any, Any]] = {}
+        self._servers: dict[str, Server] = {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The predictor that a version's model_config describes; brings the weights here."""
+        """The predictor that a version's model_config describes; fetches the weights."""
         address = DvcAddress.from_mapping(config["dvc"], "model_config")
-        return cls(materialise(address), config["tasks"], _device())
+        tasks = {task: ServedTask.from_config(value) for task, value in config["tasks"].items()}
+        return cls(materialise(address), tasks, _device())
 
-    def predict(self, rows: Any, task: str | None = None) -> pd.DataFrame:
-        """Columns label and confidence, a row each for `rows`: a frame with a column `text`, or a list of strings."""
-        import torch
+    def predict(self, model_input: Any, task: str | None = None) -> pandas.DataFrame:
+        """One row per row of `model_input`, with the columns that the task's kind declares as served.
 
-        texts = _texts(rows)
+        Texts are a frame or a mapping with a column `text`, or a list of strings; images a frame or a mapping with a
+        column `image`. InputError for anything else, naming the row, and for a task that the version does not have.
+        """
         chosen = self._choose(task)
-        tokenizer, model = self._load(chosen)
-        names = model.config.id2label
-        labels, confidences = [""] * len(texts), [0.0] * len(texts)
-        # Texts of like length go together, so that little of a batch is padding.
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        for start in range(0, len(order), BATCH_ROWS):
-            batch = order[start : start + BATCH_ROWS]
-            encoded = tokenizer(
-                [texts[row] for row in batch],
-                padding=True,
-                truncation=True,
-                max_length=self.tasks[chosen],
-                return_tensors="pt",
-            ).to(self.device)
-            with torch.inference_mode():
-                best = model(**encoded).logits.float().softmax(dim=-1).max(dim=-1)
-            for row, index, probability in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
-                labels[row], confidences[row] = str(names[index]), probability
-        return pd.DataFrame({"label": labels, "confidence": confidences})
+        return self._server(chosen)(kind_of(self.tasks[chosen].kind).served_rows(model_input))
 
     def _choose(self, task: str | None) -> str:
         known = ", ".join(sorted(self.tasks))
@@ -68,31 +70,29 @@ class Predictor:
             return task
         if len(self.tasks) != 1:
             hint = f'predict(rows, params={{"task": …}}) with one of: {known}'
-            raise InputError("this model has several heads; say which", where="params", hint=hint)
+            raise InputError("this model has several heads; name one", where="params", hint=hint)
         return next(iter(self.tasks))
 
-    def _load(self, task: str) -> tuple[Any, Any]:
-        if task not in self._loaded:
-            from modelweld.checkpoints.loading import load, load_tokenizer
+    def _server(self, task: str) -> Server:
+        if task not in self._servers:
+            from modelweld.checkpoints.loading import load
 
             model = load(self.directory, task, device=self.device).eval()
-            self._loaded[task] = (load_tokenizer(self.directory), model)
-        return self._loaded[task]
+            served = self.tasks[task]
+            self._servers[task] = kind_of(served.kind).server(model, self.directory, served.max_length, self.device)
+        return self._servers[task]
 
 
-def _texts(rows: Any) -> list[str]:
-    if isinstance(rows, pd.DataFrame):
-        if TEXT not in rows.columns:
-            columns = ", ".join(str(column) for column in rows.columns)
-            raise InputError(f"no column {TEXT!r} among: {columns}", where="model_input", hint=f"rename it to {TEXT!r}")
-        rows = rows[TEXT]
-    if isinstance(rows, Mapping):
-        return _texts(pd.DataFrame(rows))
-    values: Sequence[Any] = [rows] if isinstance(rows, str) else list(rows)
-    for number, value in enumerate(values):
-        if not isinstance(value, str):
-            raise InputError(f"row {number} is not text but {type(value).__name__}", where="model_input")
-    return [str(value) for value in values]
+def served_columns(tasks: Mapping[str, ServedTask]) -> tuple[list[ServedColumn], list[ServedColumn]]:
+    """The columns of input and output over all tasks of a version, each once.
+
+    Input columns are empty where a list of strings is enough, as for texts: MLflow would refuse such a list wherever a
+    column is named.
+    """
+    declared = [KINDS[name] for name in sorted({task.kind for task in tasks.values()})]
+    inputs = list(dict.fromkeys(column for kind in declared for column in kind.served_inputs))
+    outputs = list(dict.fromkeys(column for kind in declared for column in kind.served_outputs))
+    return ([] if [column.type for column in inputs] == ["string"] else inputs), outputs
 
 
 def _device() -> str:

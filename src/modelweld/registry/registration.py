@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version as package_version
@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from modelweld.errors import InputError
+from modelweld.kinds import KINDS, ServedColumn
 from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import absent, connect, guarded, local_artifacts
 from modelweld.registry.gate import MERGED, Scoreboard, condensed, mean_normalised, normalised
 from modelweld.registry.materialise import cache_directory
+from modelweld.registry.prediction import ServedTask, served_columns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,7 +69,7 @@ class Registration:
     """Everything MLflow is told about one recorded run.
 
     `record` is the run's tag and the key of idempotence; `documents` are the small files stored beside the metrics
-    (manifest.json among them, byte for byte); `tasks` maps each head to the tokens its texts are cut to.
+    (manifest.json among them, byte for byte); `tasks` says for each head what is served.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Registration:
     scoreboard: Scoreboard
     parents: tuple[Parent, ...]
     params: Mapping[str, Any]
-    tasks: Mapping[str, int]
+    tasks: Mapping[str, ServedTask]
     lock_digest: str
     sources_digest: str
     documents: Mapping[str, str] = field(default_factory=dict)
@@ -271,17 +273,18 @@ def _log_pointer(client: MlflowClient, run: Run, registration: Registration) -> 
 def _save_pointer(target: Path, registration: Registration, run_id: str, model_id: str) -> None:
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import ParamSchema, ParamSpec
 
+    inputs, outputs = served_columns(registration.tasks)
     signature = ModelSignature(
-        # No input schema: MLflow's would refuse a list of strings, which the model takes as well as a frame.
-        outputs=Schema([ColSpec("string", "label"), ColSpec("double", "confidence")]),
+        inputs=_schema(inputs) if inputs else None,
+        outputs=_schema(outputs),
         params=ParamSchema([ParamSpec("task", "string", None)]),
     )
     address = registration.address
     config = {
         "dvc": {key: getattr(address, key) for key in address.__dataclass_fields__ if getattr(address, key)},
-        "tasks": dict(registration.tasks),
+        "tasks": {task: served.to_config() for task, served in registration.tasks.items()},
         "record": registration.record,
     }
     with warnings.catch_warnings():
@@ -289,13 +292,33 @@ def _save_pointer(target: Path, registration: Registration, run_id: str, model_i
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.save_model(
             str(target),
-            python_model=str(Path(__file__).with_name("served.py")),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             model_config=config,
             pip_requirements=[f"modelweld=={package_version('modelweld')}"],
             signature=signature,
             mlflow_model=Model(run_id=run_id, model_id=model_id),
-            metadata={"input": "a DataFrame with a string column `text`, or a list of strings"},
+            metadata={"input": "; ".join(_served_inputs(registration.tasks))},
+            input_example=_example(registration.tasks),
         )
+
+
+def _schema(columns: Sequence[ServedColumn]) -> Any:
+    from mlflow.types.schema import AnyType, ColSpec, Schema
+
+    return Schema([ColSpec(AnyType() if column.type == "any" else column.type, column.name) for column in columns])
+
+
+def _served_inputs(tasks: Mapping[str, ServedTask]) -> list[str]:
+    return [KINDS[name].served_as for name in sorted({task.kind for task in tasks.values()})]
+
+
+def _example(tasks: Mapping[str, ServedTask]) -> Any:
+    """One row that every head takes; None where the kinds have none, or not the same."""
+    import pandas
+
+    examples = [KINDS[name].served_example for name in {task.kind for task in tasks.values()}]
+    alike = examples and all(example == examples[0] for example in examples)
+    return pandas.DataFrame([examples[0]]) if alike and examples[0] else None
 
 
 def _source(client: MlflowClient, uri: str, model_id: str) -> str:

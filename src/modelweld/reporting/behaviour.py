@@ -32,7 +32,7 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """The merge beside the expert on one task: how often they agree, how sure they are, which classes moved most."""
+    """The merge and the expert on one task: how often they agree, how sure they are, which classes moved most."""
 
     task: str
     agreement: float
@@ -49,7 +49,7 @@ def behaviour(path: Path) -> Behaviour:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise InputError(
-            f"not a predictions file: {error}", where=str(path), hint="`dvc repro` makes it anew"
+            f"not a predictions file: {error}", where=str(path), hint="`dvc repro` makes it again"
         ) from error
     label, expert, merged = (np.array(table[name].to_pylist(), dtype=object) for name in ("label", "expert", "merged"))
     changes = [

@@ -71,7 +71,7 @@ def document_of(scoreboard: Scoreboard) -> ScoreDocument:
 
 
 def metric_name(document: ScoreDocument) -> str:
-    """The metric as a person says it."""
+    """The metric's name for people."""
     return document["metric"].replace("_", "-").replace("f1", "F1")
 
 

@@ -21,13 +21,13 @@ from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources.lock import Kind, Lock
 from modelweld.stages.fetch import project_root
 from modelweld.validation.adapters import other_base
-from modelweld.validation.checkpoints import Subject, checkpoint_tables, twins
+from modelweld.validation.checkpoints import Subject, checkpoint_tables, identical_models
 from modelweld.validation.expectations import check
 from modelweld.validation.fingerprint import Tokenizing, label_names, tokenizing
 from modelweld.validation.gate import Gate
 from modelweld.validation.inventory import Inventory, take_inventory
-from modelweld.validation.pictures import task_table
-from modelweld.validation.sources import Pin, changed_files, source_table, strangers
+from modelweld.validation.row_table import row_table
+from modelweld.validation.sources import Pin, changed_files, source_table, unexpected
 from modelweld.validation.suites import load_suites
 from modelweld.validation.tables import Table
 
@@ -80,7 +80,7 @@ class _Inspection:
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def open_models(self, opened: ExitStack) -> None:
-        """Open what can be opened, without believing that it belongs together; the base first, for adapters of it."""
+        """Open what can be opened, whether or not it belongs together; the base first, for adapters of it."""
         with_tasks = {task.model for task in self.params.tasks.values()}
         for name in sorted(self.params.models, key=lambda name: name != BASE):
             folder = self.root / "models" / name
@@ -88,7 +88,7 @@ class _Inspection:
                 if name != BASE and is_adapter(folder):
                     self._open_adapter(name, folder, opened)
                 else:
-                    # Pickles were rewritten when they were fetched: one that is there now was put there by somebody.
+                    # Pickles were rewritten when they were fetched: one that is there now was put there afterwards.
                     checkpoint = opened.enter_context(Checkpoint.open(folder))
                     self._keep(name, checkpoint, checkpoint.config, tokenizing(folder))
                 if name in with_tasks and name in self.models:
@@ -111,7 +111,7 @@ class _Inspection:
         self.models[name], self.configs[name], self.tokenizers[name] = model, config, tokens
 
     def measure(self, folder: Path) -> None:
-        """Make the tables of every model that can be laid beside the base; without a base there is nothing to say."""
+        """Make the tables of every model that can be compared with the base; none without a base."""
         base = self.models.get(BASE)
         if not isinstance(base, Checkpoint):
             return
@@ -122,20 +122,20 @@ class _Inspection:
                     own, others = take_inventory(base, experts, advance)
                 break
             except CheckpointError as error:
-                # A file that cannot be read to its end is its owner's failure: the others are still measured.
-                guilty = [name for name in self.models if f"models/{name}/" in f"{error.where}"]
-                for name in guilty:
+                # A file that cannot be read to its end fails its own model only: the others are still measured.
+                failed = [name for name in self.models if f"models/{name}/" in f"{error.where}"]
+                for name in failed:
                     self._note(f"model:{name}", error)
                     self.models.pop(name)
                     experts.pop(name, None)
-                if not guilty or BASE in guilty:
+                if not failed or BASE in failed:
                     return
-        alike = twins(others)
-        foundation = self._subject(BASE, own)
-        self.tables += checkpoint_tables(foundation, None)
+        identical = identical_models(others)
+        base_subject = self._subject(BASE, own)
+        self.tables += checkpoint_tables(base_subject, None)
         for name, inventory in others.items():
             limit = self.params.validate_.max_relative_delta
-            self.tables += checkpoint_tables(self._subject(name, inventory), foundation, alike.get(name), limit)
+            self.tables += checkpoint_tables(self._subject(name, inventory), base_subject, identical.get(name), limit)
         folder.mkdir(parents=True, exist_ok=True)
         for name, inventory in {BASE: own, **others}.items():
             inventory.frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
@@ -149,7 +149,7 @@ class _Inspection:
             elif task.model in self.labels:
                 labels = self.labels[task.model]
                 try:
-                    table = task_table(name, task, self.root / path, path, labels, self.params.validate_)
+                    table = row_table(name, task, self.root / path, path, labels, self.params.validate_)
                 except InputError as error:
                     self._note(f"dataset:{task.dataset}", error, f"task {name}: ")
                 else:
@@ -162,7 +162,7 @@ class _Inspection:
             pinned = self._pins(kind)
             for name in known:
                 self._account(kind, name, pinned.get(name), known[name].licence)
-            for name in strangers(self.root / f"{kind}s", {*known, *pinned}):
+            for name in unexpected(self.root / f"{kind}s", {*known, *pinned}):
                 path, subject = f"{kind}s/{name}", f"{kind}:{name}"
                 self.tables.append(
                     source_table(subject, path, pinned=False, licence="unknown", changed=None, problem=None)
@@ -235,7 +235,7 @@ class _Inspection:
 
 @contextmanager
 def _progress(total_bytes: int) -> Iterator[Any]:
-    """Progress on standard error where somebody looks at it."""
+    """Progress on standard error where that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("measuring tensors"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""What an adapter's factors say of the deltas they stand for, without making one dense."""
+"""Figures about the deltas of an adapter, from its factors, without building a dense delta."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["FactorDelta", "other_base"]
 
 
 class FactorDelta:
-    """One adapted weight: B @ A beside the base's tensor `info`.
+    """One adapted weight: B @ A, the delta of the base's tensor `info`.
 
     `squares` is the squared norm of the delta, `rank` how many of its singular values exceed `tolerance` times the
     largest, `finite_share` that of the two factors; the former two are NaN when a value is not finite.
@@ -53,7 +53,7 @@ def _singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 
 def other_base(stated: Any, addresses: Iterable[str]) -> str | None:
-    """The base that an adapter says it was trained on, when it is none that these addresses name; None otherwise.
+    """The base that an adapter names as its own, when none of these addresses names it; None otherwise.
 
     Names are compared by their last part: an adapter keeps a hub's name or the path of another machine.
     """

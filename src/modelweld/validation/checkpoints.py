@@ -1,4 +1,4 @@
-"""A checkpoint as tables: its tensors, and the one row of what it is beside its base."""
+"""A checkpoint as tables: its tensors, and one row that compares it with its base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelweld.validation.fingerprint import Tokenizing, config_differences
 from modelweld.validation.inventory import Inventory
 from modelweld.validation.tables import Table
 
-__all__ = ["Subject", "checkpoint_tables", "twins"]
+__all__ = ["Subject", "checkpoint_tables", "identical_models"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Subject:
     folded_rank: int | None = None
 
 
-def twins(experts: Mapping[str, Inventory]) -> dict[str, str]:
+def identical_models(experts: Mapping[str, Inventory]) -> dict[str, str]:
     """For every expert whose backbone another has too, the names of the others."""
     owners: dict[str, list[str]] = {}
     for name, inventory in sorted(experts.items()):

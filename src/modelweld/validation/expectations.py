@@ -1,6 +1,6 @@
-"""Great Expectations over the tables: each table against the suite of its kind, and Data Docs for a person to read.
+"""Great Expectations over the tables: each table against the suite of its kind, and Data Docs for people to read.
 
-Its own result documents carry clocks and random ids; what is kept of them is reduced here to what the data says.
+Its own result documents contain clocks and random ids; only what depends on the data is kept of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from filelock import FileLock
 from modelweld.errors import ConfigError
 from modelweld.validation.gate import Result
 from modelweld.validation.suites import FOLDER, Expectation
-from modelweld.validation.tables import Kind, Table
+from modelweld.validation.tables import Table
 
 __all__ = ["check"]
 
@@ -27,9 +27,9 @@ EXAMPLES = 5
 
 
 def check(
-    tables: Iterable[Table], suites: Mapping[Kind, tuple[Expectation, ...]], data_docs: Path | None = None
+    tables: Iterable[Table], suites: Mapping[str, tuple[Expectation, ...]], data_docs: Path | None = None
 ) -> list[Result]:
-    """The result of every expectation about every table; with `data_docs`, that folder is made anew as HTML.
+    """The result of every expectation about every table; with `data_docs`, that folder is rebuilt as HTML.
 
     Raises ConfigError when a suite asks for an expectation or a column that does not exist: a check that cannot be
     made is neither passed nor failed.
@@ -73,7 +73,7 @@ def check(
     return results
 
 
-def _build(kind: Kind, item: Expectation) -> Any:
+def _build(kind: str, item: Expectation) -> Any:
     from great_expectations.exceptions import ExpectationNotFoundError
     from great_expectations.expectations.registry import get_expectation_impl
 

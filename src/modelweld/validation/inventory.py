@@ -63,10 +63,10 @@ class Inventory:
     """One model's tensors as rows, and what they say together.
 
     `relative_delta` is ‖W - W_base‖ / ‖W_base‖ over all matrices (norm weights are near 1 in any model and would hide
-    that the matrices are strangers), `changed_share` the share of backbone elements that differ from the base rounded
-    to the model's dtype, `backbone` a digest of the backbone's values whatever their names, shards and dtype (None
-    when not every tensor could be laid beside the base's); the base has none of the three. `head_shapes` are the
-    shapes of the head's tensors.
+    that the matrices have nothing in common), `changed_share` the share of backbone elements that differ from the base
+    rounded to the model's dtype, `backbone` a digest of the backbone's values whatever their names, shards and dtype
+    (None when a tensor has no counterpart in the base); the base has none of the three. `head_shapes` are the shapes of
+    the head's tensors.
     """
 
     frame: pandas.DataFrame
@@ -80,7 +80,7 @@ class Inventory:
 def take_inventory(
     base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], advance: Callable[[int], object] = lambda _: None
 ) -> tuple[Inventory, dict[str, Inventory]]:
-    """The inventories of the base and of every expert; `advance` is told the bytes of the base as they are done.
+    """The inventories of the base and of every expert; `advance` is called with the bytes of the base that are done.
 
     An adapter has a row for each weight it adapts, measured in its factors, and for each tensor it stores whole.
 

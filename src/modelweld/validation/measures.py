@@ -1,4 +1,4 @@
-"""Running sums over a tensor, alone and beside the base's, from chunks of half a megabyte or so."""
+"""Running sums over a tensor, alone and compared with the base's, from chunks of about half a megabyte."""
 
 from __future__ import annotations
 

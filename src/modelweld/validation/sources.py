@@ -1,4 +1,4 @@
-"""Directories of models/ and datasets/ against what was pinned: strangers, and files that changed since the fetch."""
+"""Directories of models/ and datasets/ against what was pinned: unexpected ones, and files that changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas
 
 from modelweld.validation.tables import Table
 
-__all__ = ["Pin", "changed_files", "source_table", "strangers"]
+__all__ = ["Pin", "changed_files", "source_table", "unexpected"]
 
 SHOWN = 5
 # What a fetch of pickled weights puts in their place.
@@ -23,14 +23,14 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
 
 @dataclass(frozen=True)
 class Pin:
-    """What the lock says of one directory: licence, and SHA-256 and size in bytes of each file."""
+    """The lock's entry for one directory: licence, and SHA-256 and size in bytes of each file."""
 
     licence: str | None = None
     allow_pickle: bool = False
     files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-def strangers(folder: Path, known: Iterable[str]) -> list[str]:
+def unexpected(folder: Path, known: Iterable[str]) -> list[str]:
     """Names in models/ or datasets/ that no source put there, sorted; dot files are DVC's and git's."""
     expected = set(known)
     if not folder.is_dir():
@@ -71,8 +71,8 @@ def changed_files(directory: Path, pin: Pin, verify: bool = True) -> str | None:
             }
     if not changes:
         return None
-    told = "; ".join(f"{name} {changes[name]}" for name in sorted(changes)[:SHOWN])
-    return f"{told}; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else told
+    listed = "; ".join(f"{name} {changes[name]}" for name in sorted(changes)[:SHOWN])
+    return f"{listed}; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else listed
 
 
 def source_table(

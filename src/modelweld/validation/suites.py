@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from modelweld.config.strict import Strict
 from modelweld.errors import ConfigError
-from modelweld.validation.tables import KINDS, Kind
+from modelweld.validation.tables import SUITES
 
 __all__ = ["FOLDER", "Expectation", "Suite", "load_suite", "load_suites"]
 
@@ -45,26 +45,26 @@ class Expectation(Strict):
 class Suite(Strict):
     """A suite file as written: its own expectations, or changes to the shipped ones."""
 
-    table: Kind
+    table: Literal[SUITES]  # type: ignore[valid-type]
     extends: Literal["default"] | None = None
     without: tuple[str, ...] = ()
     expectations: tuple[Expectation, ...] = ()
 
 
-def load_suites(project: Path, lifting: str | None = None) -> dict[Kind, tuple[Expectation, ...]]:
+def load_suites(project: Path, lifting: str | None = None) -> dict[str, tuple[Expectation, ...]]:
     """Every suite for this project; `lifting` names the merge method whose `lifted_by` turns failures into warnings.
 
     Raises ConfigError for a file in the project's folder that is no suite: a typing error in a file's name must not
     silently leave the shipped rules in force.
     """
     for path in sorted((project / FOLDER).glob("*")):
-        if path.suffix in {".yaml", ".yml", ".json"} and path.name not in {f"{kind}.yaml" for kind in KINDS}:
-            names = ", ".join(f"{kind}.yaml" for kind in KINDS)
+        if path.suffix in {".yaml", ".yml", ".json"} and path.name not in {f"{kind}.yaml" for kind in SUITES}:
+            names = ", ".join(f"{kind}.yaml" for kind in SUITES)
             raise ConfigError("there is no suite of this name", where=str(path), hint=f"the suites are {names}")
-    return {kind: load_suite(kind, project, lifting) for kind in KINDS}
+    return {kind: load_suite(kind, project, lifting) for kind in SUITES}
 
 
-def load_suite(kind: Kind, project: Path, lifting: str | None = None) -> tuple[Expectation, ...]:
+def load_suite(kind: str, project: Path, lifting: str | None = None) -> tuple[Expectation, ...]:
     """The expectations for one kind of table, in the order of their files."""
     shipped = files("modelweld.validation") / "suites" / f"{kind}.yaml"
     own = project / FOLDER / f"{kind}.yaml"
@@ -88,7 +88,7 @@ def load_suite(kind: Kind, project: Path, lifting: str | None = None) -> tuple[E
     )
 
 
-def _parse(kind: Kind, text: str, where: str) -> Suite:
+def _parse(kind: str, text: str, where: str) -> Suite:
     try:
         suite = Suite.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:

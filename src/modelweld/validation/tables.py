@@ -1,15 +1,17 @@
-"""The table: what the rooms' readers make and the expectations look at."""
+"""The table: rows about one subject, which the expectations of one suite are about."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas
 
-Kind = Literal["sources", "checkpoint", "tensors", "evaluation", "images"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from modelweld import kinds
+
+# What every project has, then the rows of each kind of task.
+SUITES: tuple[str, ...] = ("sources", "checkpoint", "tensors", *kinds.SUITES)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Table:
     `parameters` are the values of the suite's `$PARAMETER`s.
     """
 
-    kind: Kind
+    kind: str
     subject: str
     path: str
     frame: pandas.DataFrame

@@ -17,7 +17,7 @@ from modelweld.checkpoints import content_digest
 from modelweld.checkpoints.folding import Folded, base_for
 from modelweld.checkpoints.loading import config_of, export, load
 from modelweld.errors import CheckpointError, ConfigError
-from modelweld.evaluation.predictors import System, model_digest, open_system
+from modelweld.evaluation.systems import System, model_digest, open_system
 from modelweld.stages.merge import merge
 from tests.support.families import family, recipe, weights_of
 from tests.support.lora import IDS, QUERY, bert, edited, filled, llama, write_adapter, write_classifier
@@ -65,7 +65,7 @@ def test_half_precision_bases_do_not_round_the_delta_away(tmp_path: Path) -> Non
 def test_the_base_with_a_head_lent_by_an_adapter_is_the_base_alone(tmp_path: Path) -> None:
     root = bert(tmp_path)
     write_classifier(root, "e0", 1, bias="all")
-    lent = open_system(System("base", root / "base", head=root / "e0", base=root / "base"))
+    lent = open_system(System("base", root / "base", head_from=root / "e0", base=root / "base"))
     own, saved = weights_of(root / "base"), load_file(root / "e0" / "adapter_model.safetensors")
     for name, tensor in lent.state_dict().items():
         if name.startswith("classifier"):
@@ -201,7 +201,7 @@ def test_adapters_of_every_family_are_loaded_merged_and_exported_with_their_head
     with torch.no_grad():
         expected = adapter(input_ids=IDS).logits
     assert torch.allclose(logits(load(tmp_path / "e0", base=tmp_path / "base")), expected, atol=1e-4)
-    lent = open_system(System("base", tmp_path / "base", head=tmp_path / "e0", base=tmp_path / "base"))
+    lent = open_system(System("base", tmp_path / "base", head_from=tmp_path / "e0", base=tmp_path / "base"))
     saved = load_file(tmp_path / "e0" / "adapter_model.safetensors")
     for name, tensor in lent.state_dict().items():
         assert torch.equal(tensor, saved.get(f"base_model.model.{name}", plainly[name])), name

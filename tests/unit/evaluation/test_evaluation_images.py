@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modelweld.errors import CheckpointError, ConfigError, InputError, SourceError
-from modelweld.evaluation.images import chosen, image_logits, joint, preprocessing, read_images
+from modelweld.evaluation.images import image_logits, joint, preprocessing, read_images, top_class
 from modelweld.evaluation.labels import LabelSpace
-from modelweld.evaluation.predictors import Settings, System, open_system
+from modelweld.evaluation.settings import Settings
+from modelweld.evaluation.systems import System, open_system
 from modelweld.images import Unreadable, decode, fingerprint
 
 HOW = Settings(max_length=1, batch_tokens=1, device="cpu")
@@ -144,7 +145,7 @@ class TestPredicting:
             wanted = model(pixel_values=(raw / 255 - 0.5) / 0.5).logits
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
         assert sum(heard) == 130
-        predicted = chosen(found)
+        predicted = top_class(found)
         assert predicted.classes.tolist() == wanted.argmax(-1).tolist()
 
     def test_a_stated_processor_is_obeyed_and_part_of_the_digest(self, vit: Path) -> None:
@@ -175,7 +176,7 @@ class TestPredicting:
             image_logits(
                 open_system(system, "image-classification"), preprocessing(vit), images, HOW, lambda _: None, "x"
             )
-            for system in (System("own", vit), System("lent", vit, head=vit))
+            for system in (System("own", vit), System("lent", vit, head_from=vit))
         )
         np.testing.assert_array_equal(own, lent)
 

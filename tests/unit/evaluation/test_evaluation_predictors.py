@@ -19,19 +19,12 @@ from modelweld.checkpoints.loading import load_tokenizer
 from modelweld.errors import CheckpointError, ConfigError, InputError
 from modelweld.evaluation.batching import token_batches
 from modelweld.evaluation.cache import PredictionCache, Predictions
+from modelweld.evaluation.kinds import kind_of
 from modelweld.evaluation.labels import LabelSpace
 from modelweld.evaluation.predictions import write_predictions
-from modelweld.evaluation.predictors import (
-    Settings,
-    System,
-    choose_device,
-    encode,
-    model_digest,
-    open_system,
-    predict,
-    prediction_key,
-    tokenizer_digest,
-)
+from modelweld.evaluation.settings import Settings, choose_device
+from modelweld.evaluation.systems import System, model_digest, open_system, prediction_key
+from modelweld.evaluation.texts import encode, predict, tokenizer_digest
 from tests.conftest import Family
 
 TASK = "animal"
@@ -113,7 +106,7 @@ def test_the_base_gets_the_head_of_the_expert(tiny_bert_family: Family) -> None:
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     expert = tiny_bert_family.expert(TASK)
-    composed = open_system(System("base", tiny_bert_family.base, head=expert)).state_dict()
+    composed = open_system(System("base", tiny_bert_family.base, head_from=expert)).state_dict()
     head = AutoModelForSequenceClassification.from_pretrained(expert).state_dict()
     base = AutoModel.from_pretrained(tiny_bert_family.base).state_dict()
     assert composed.keys() == head.keys()
@@ -126,7 +119,7 @@ def test_the_base_gets_the_head_of_the_expert(tiny_bert_family: Family) -> None:
 def test_a_base_of_another_shape_is_refused(tiny_bert_family: Family, fresh_family: Callable[..., Family]) -> None:
     other = fresh_family(hidden=64)
     with pytest.raises(CheckpointError):
-        open_system(System("base", other.base, head=tiny_bert_family.expert(TASK)))
+        open_system(System("base", other.base, head_from=tiny_bert_family.expert(TASK)))
 
 
 def test_a_model_without_a_classifier_is_refused(tiny_bert_family: Family) -> None:
@@ -169,7 +162,7 @@ def test_positions_of_roberta_start_behind_the_padding() -> None:
     )  # fmt: skip
     model = RobertaForSequenceClassification(config).eval()
     model(input_ids=torch.full((1, 10), 5))
-    from modelweld.evaluation.predictors import _check_positions
+    from modelweld.evaluation.texts import _check_positions
 
     _check_positions(model, 10, "expert")
     with pytest.raises(ConfigError, match="11 tokens, the model has 10 positions"):
@@ -212,8 +205,8 @@ def test_the_key_sees_everything_that_decides_a_prediction(tiny_bert_family: Fam
 def test_digests_see_weights_heads_and_tokenizers(fresh_family: Callable[..., Family]) -> None:
     family = fresh_family()
     expert, base = family.expert(TASK), family.base
-    bare, lent = model_digest(System("a", base)), model_digest(System("a", base, head=expert))
-    assert len({bare, lent, model_digest(System("a", base, head=family.expert("colour")))}) == 3
+    bare, lent = model_digest(System("a", base)), model_digest(System("a", base, head_from=expert))
+    assert len({bare, lent, model_digest(System("a", base, head_from=family.expert("colour")))}) == 3
     copy = family.root / "copy"
     shutil.copytree(expert, copy)
     assert model_digest(System("b", copy)) == model_digest(System("a", expert))
@@ -306,14 +299,15 @@ def test_a_cache_that_cannot_be_written_loses_no_result(tmp_path: Path, caplog: 
 def test_equal_predictions_are_equal_bytes_and_never_written_in_place(tmp_path: Path) -> None:
     space, truth = LabelSpace(("a", "b", "c", "d", "e")), entry().classes
     path, linked = tmp_path / "t.parquet", tmp_path / "linked.parquet"
-    write_predictions(path, space, truth, {"merged": entry(), "base": entry(), "ties": entry()})
+    columns = kind_of("text-classification").prediction_columns
+    write_predictions(path, columns(truth, {"base": entry(), "ties": entry(), "merged": entry()}, space))
     first = path.read_bytes()
     linked.hardlink_to(path)
-    write_predictions(path, space, truth, {"ties": entry(), "base": entry(), "merged": entry()})
+    write_predictions(path, columns(truth, {"base": entry(), "ties": entry(), "merged": entry()}, space))
     assert path.read_bytes() == first
     assert not path.samefile(linked)
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["linked.parquet", "t.parquet"]
     frame = pd.read_parquet(path)
-    columns = ["row", "label", "base", "base.confidence", "ties", "ties.confidence", "merged", "merged.confidence"]
-    assert list(frame.columns) == columns
+    named = ["row", "label", "base", "base.confidence", "ties", "ties.confidence", "merged", "merged.confidence"]
+    assert list(frame.columns) == named
     assert list(frame["merged"]) == [space.names[number] for number in truth]

@@ -15,7 +15,7 @@ from modelweld.checkpoints.adapter import Adapter
 from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.validation.adapters import other_base
-from modelweld.validation.checkpoints import twins
+from modelweld.validation.checkpoints import identical_models
 from modelweld.validation.inventory import take_inventory
 from tests.support.inventories import write_model
 from tests.support.lora import QUERY, bert, llama, write_adapter, write_classifier
@@ -76,7 +76,7 @@ def test_values_that_are_not_finite_and_adapters_that_were_never_trained(tmp_pat
     assert found["e1"].relative_delta == 0
 
 
-def test_adapters_with_the_same_factors_are_twins(tmp_path: Path) -> None:
+def test_adapters_with_the_same_factors_are_identical(tmp_path: Path) -> None:
     root = llama(tmp_path)
     for name, seed in (("e0", 1), ("e1", 1), ("e2", 2)):
         write_adapter(root / "base", root / name, seed)
@@ -85,7 +85,7 @@ def test_adapters_with_the_same_factors_are_twins(tmp_path: Path) -> None:
     with Checkpoint.open(root / "base") as base:
         adapters = {name: Adapter.open(root / name, base, name) for name in ("e0", "e1", "e2")}
         _, found = take_inventory(base, adapters)
-    assert twins(found) == {"e0": "e1", "e1": "e0"}
+    assert identical_models(found) == {"e0": "e1", "e1": "e0"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from modelweld.config import Task, Validate
 from modelweld.errors import InputError
-from modelweld.validation.frames import evaluation_table, read_column
+from modelweld.validation.row_table import read_column, row_table
 
 NAMES = ("no", "yes")
 TASK = Task(model="m", dataset="d")
@@ -21,7 +21,7 @@ def write(folder: Path, split: str, texts: list[object], labels: list[object]) -
 
 
 def frame(folder: Path, task: Task = TASK, names: tuple[str, ...] = NAMES) -> pandas.DataFrame:
-    return evaluation_table("t", task, folder, "datasets/d", names, Validate()).frame
+    return row_table("t", task, folder, "datasets/d", names, Validate()).frame
 
 
 def test_same_text_is_the_same_to_a_reader(tmp_path: Path) -> None:

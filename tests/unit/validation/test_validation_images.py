@@ -14,7 +14,7 @@ from PIL import Image
 from modelweld.config import Task, Validate
 from modelweld.errors import InputError
 from modelweld.validation.expectations import check
-from modelweld.validation.pictures import image_table, task_table
+from modelweld.validation.row_table import row_table
 from modelweld.validation.suites import load_suites
 
 NAMES = ("cat", "dog")
@@ -40,7 +40,7 @@ def write(folder: Path, split: str, images: list[Any], labels: list[Any]) -> Non
 
 
 def frame(folder: Path) -> pandas.DataFrame:
-    return image_table("t", TASK, folder, "datasets/d", NAMES, Validate()).frame
+    return row_table("t", TASK, folder, "datasets/d", NAMES, Validate()).frame
 
 
 def test_the_same_pixels_are_the_same_image_in_any_encoding(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_shipped_suite_refuses_what_it_says(tmp_path: Path) -> None:
     write(tmp_path, "train", [picture(1)], ["cat"])
     images = [picture(1), picture(2), picture(2), b"junk", picture(3, size=2), blank()]
     write(tmp_path, "test", images, ["cat", "dog", "cat", "dog", "owl", "cat"])
-    table = task_table("t", TASK, tmp_path, "datasets/d", NAMES, Validate(min_rows=10))
+    table = row_table("t", TASK, tmp_path, "datasets/d", NAMES, Validate(min_rows=10))
     failed = {item.expectation: item for item in check([table], load_suites(tmp_path)) if not item.success}
     assert {name for name, item in failed.items() if item.critical} == {
         "enough_images", "images_are_readable", "images_are_larger_than_a_dot", "images_are_higher_than_a_line",
@@ -84,11 +84,11 @@ def test_the_shipped_suite_refuses_what_it_says(tmp_path: Path) -> None:
 def test_a_sound_set_passes(tmp_path: Path) -> None:
     write(tmp_path, "train", [picture(seed) for seed in range(100, 110)], ["cat"] * 10)
     write(tmp_path, "test", [picture(seed) for seed in range(60)], ["cat", "dog"] * 30)
-    table = task_table("t", TASK, tmp_path, "datasets/d", NAMES, Validate())
+    table = row_table("t", TASK, tmp_path, "datasets/d", NAMES, Validate())
     assert all(item.success for item in check([table], load_suites(tmp_path)))
 
 
 def test_a_missing_column_is_an_error_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, "test", [picture(1)], ["cat"])
     with pytest.raises(InputError, match="no column 'photo' among image, label"):
-        image_table("t", TASK.model_copy(update={"image": "photo"}), tmp_path, "d", NAMES, Validate())
+        row_table("t", TASK.model_copy(update={"image": "photo"}), tmp_path, "d", NAMES, Validate())

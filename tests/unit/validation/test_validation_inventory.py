@@ -10,7 +10,7 @@ import torch
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.validation import inventory, measures
-from modelweld.validation.checkpoints import twins
+from modelweld.validation.checkpoints import identical_models
 from modelweld.validation.inventory import Inventory, take_inventory
 from tests.support.inventories import Tensors, write_model
 
@@ -111,7 +111,7 @@ def test_the_base_in_another_precision_is_still_the_base(tmp_path: Path, tensors
     assert found["x"].changed_share == 0
 
 
-def test_twins_are_told_by_values_not_by_files(tmp_path: Path, tensors: Tensors) -> None:
+def test_identical_models_are_told_by_values_not_by_files(tmp_path: Path, tensors: Tensors) -> None:
     moved = {name: tensor * 1.01 for name, tensor in tensors.items()}
     prefixed = {f"bert.{name}": tensor for name, tensor in moved.items()} | {"classifier.weight": random(2, 40)}
     other = {name: tensor * 1.02 for name, tensor in tensors.items()}
@@ -121,7 +121,7 @@ def test_twins_are_told_by_values_not_by_files(tmp_path: Path, tensors: Tensors)
         two=write_model(tmp_path / "two", prefixed, "BertForSequenceClassification"),
         three=write_model(tmp_path / "three", other),
     )
-    assert twins(found) == {"one": "two", "two": "one"}
+    assert identical_models(found) == {"one": "two", "two": "one"}
 
 
 def test_integers_and_odd_shapes_are_measured_without_complaint(tmp_path: Path) -> None:

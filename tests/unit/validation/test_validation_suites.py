@@ -8,7 +8,7 @@ import pytest
 
 from modelweld.errors import ConfigError
 from modelweld.validation.suites import load_suite, load_suites
-from modelweld.validation.tables import KINDS
+from modelweld.validation.tables import SUITES
 
 
 def write(project: Path, name: str, text: str) -> Path:
@@ -23,7 +23,7 @@ OWN = "{id: brief, type: expect_column_value_lengths_to_be_between, kwargs: {col
 
 def test_shipped_suites_cover_every_table(tmp_path: Path) -> None:
     suites = load_suites(tmp_path)
-    assert set(suites) == set(KINDS)
+    assert set(suites) == set(SUITES)
     assert {item.id for item in suites["tensors"]} >= {"tensors_are_finite", "same_shapes", "no_tensor_is_missing"}
     ids = [item.id for items in suites.values() for item in items]
     assert len(ids) == len(set(ids)), "an id names one expectation in the whole gate file"

@@ -16,7 +16,7 @@ class PointerModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.predictor = Predictor.from_config(context.model_config)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A label and its probability for every text; `params={"task": …}` names the head."""
+        """A frame of one prediction for every row; `params={"task": …}` names the head."""
         return self.predictor.predict(model_input, (params or {}).get("task"))
 
 

@@ -1,4 +1,4 @@
-"""Image tasks scored together: every head answers every row, and the classes of all heads stand side by side."""
+"""Image tasks in one joint label space: every head answers every row, over the classes of all heads together."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from modelweld.checkpoints.loading import tasks
 from modelweld.config import Evaluate, load_params
 from modelweld.errors import ConfigError
 from modelweld.evaluation.cache import content_key
-from modelweld.evaluation.images import ImageSet, image_logits, joint, preprocessing
+from modelweld.evaluation.dataset_spec import DatasetSpec
+from modelweld.evaluation.images import image_logits, joint, preprocessing
+from modelweld.evaluation.kinds import kind_of
+from modelweld.evaluation.kinds.base import Rows
 from modelweld.evaluation.labels import LabelSpace
 from modelweld.evaluation.metrics import Resampling, accuracy, score_systems
-from modelweld.evaluation.predictors import Settings, System, model_digest, open_system
-from modelweld.evaluation.scores import TaskScores
+from modelweld.evaluation.progress import evaluation_progress
+from modelweld.evaluation.scores import MODEL, TaskScores
+from modelweld.evaluation.settings import Settings, settings_of
+from modelweld.evaluation.systems import System, classes_of, model_digest, open_system
 from modelweld.hardware import PrecisionChoice
-from modelweld.stages.evaluate import MODEL, Sample, classes_of, progress_of, settings_of
 
 ENSEMBLE = "ensemble"
+KIND = "image-classification"
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,20 @@ class JointScores:
     classes: Mapping[str, Sequence[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """One JSON document: that of the scores, with what stands beside them."""
+        """One JSON document: that of the scores, with the keys `within` and `classes`."""
         own = {"within": {name: dict(found) for name, found in self.within.items()}}
         return self.scores.to_dict() | own | {"classes": {task: list(names) for task, names in self.classes.items()}}
 
 
-def evaluate_joint(model: Path, params_file: Path, changes: Mapping[str, Any], metric: str | None) -> JointScores:
+def evaluate_joint(
+    model: Path, params_file: Path, split: str | None, columns: Mapping[str, str], metric: str | None
+) -> JointScores:
     """The joint scores of a merged directory, as system "model", on the rows of all its heads' tasks together.
 
     Where the tasks' experts are in models/ their logits side by side are the system "ensemble", which scores are
     normalised by. The heads were trained apart and nothing made their logits comparable: this asks more than each task
-    alone. Raises ConfigError for fewer than two heads and for tasks that params.yaml does not know as image tasks.
+    alone. `split` and `columns` replace those of every task. Raises ConfigError for fewer than two heads and for tasks
+    that params.yaml does not know as image tasks.
     """
     params = load_params(params_file)
     root, heads = params_file.parent, tasks(model)
@@ -54,48 +62,41 @@ def evaluate_joint(model: Path, params_file: Path, changes: Mapping[str, Any], m
             "a joint label space takes two heads or more", where=str(model), hint="name a merged directory"
         )
     for task in heads:
-        if task not in params.tasks or params.tasks[task].kind != "image-classification":
+        if task not in params.tasks or params.tasks[task].kind != KIND:
             raise ConfigError(
                 f"head {task!r} has no image task",
                 where=f"{params_file}: tasks",
-                hint="give it kind: image-classification",
+                hint=f"give it kind: {KIND}",
             )
-    said = {key: value for key, value in changes.items() if value is not None}
-    samples = {task: replace(Sample.of(params.tasks[task], root), **said) for task in heads}
-    how = (
-        params.evaluate
-        if metric is None
-        else Evaluate.model_validate(params.evaluate.model_dump() | {"metric": metric})
-    )
+    specs = {}
+    for task in heads:
+        spec = DatasetSpec.of_task(params.tasks[task], root)
+        specs[task] = replace(spec, split=split or spec.split, columns={**spec.columns, **columns})
+    evaluate = params.evaluate if metric is None else params.evaluate.with_metric(metric)
     experts = {task: root / "models" / params.tasks[task].model for task in heads}
     base = base_for(model, None, root)
     systems = {MODEL: {task: System(MODEL, model, task=task, base=base) for task in heads}}
     if all(folder.is_dir() for folder in experts.values()):
         alone = {t: System(ENSEMBLE, folder, base=base_for(folder, None, root)) for t, folder in experts.items()}
         systems = {ENSEMBLE: alone, **systems}
-    return _scored(systems, _Rows.of(samples, model), experts, how)
+    return _scored(systems, _Rows.of(specs, model), experts, evaluate)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of all tasks one after the other: where each task's are, and their classes counted through."""
+    """The rows of all tasks in one sequence: the range of each task, and classes numbered across all tasks."""
 
-    sets: Mapping[str, ImageSet]
+    sets: Mapping[str, Rows]
     spaces: Mapping[str, LabelSpace]
 
     @classmethod
-    def of(cls, samples: Mapping[str, Sample], model: Path) -> _Rows:
-        sets = {}
-        for task, sample in samples.items():
-            found = sample.read()
-            if not isinstance(found, ImageSet):
-                raise ConfigError(f"task {task} has texts", where="--kind", hint="score texts task by task")
-            sets[task] = found
-        return cls(sets, {task: classes_of(model, task) for task in samples})
+    def of(cls, specs: Mapping[str, DatasetSpec], model: Path) -> _Rows:
+        sets = {task: kind_of(KIND).read(spec) for task, spec in specs.items()}
+        return cls(sets, {task: classes_of(model, task, kind=KIND) for task in specs})
 
     @property
     def images(self) -> list[Any]:
-        return [image for rows in self.sets.values() for image in rows.images]
+        return [image for rows in self.sets.values() for image in rows.inputs]
 
     def spans(self) -> dict[str, tuple[slice, slice]]:
         """By task its rows, and its classes among all."""
@@ -112,13 +113,13 @@ class _Rows:
 
 
 def _scored(
-    systems: Mapping[str, Mapping[str, System]], rows: _Rows, experts: Mapping[str, Path], how: Evaluate
+    systems: Mapping[str, Mapping[str, System]], rows: _Rows, experts: Mapping[str, Path], evaluate: Evaluate
 ) -> JointScores:
     truth, images, spans = rows.truth(), rows.images, rows.spans()
     name = "+".join(rows.sets)
-    settings = settings_of(1, how)
+    settings = settings_of(1, evaluate)
     logits: dict[str, list[NDArray[np.float32]]] = {}
-    with progress_of(name, len(images) * sum(len(heads) for heads in systems.values())) as advance:
+    with evaluation_progress(name, len(images) * sum(len(heads) for heads in systems.values())) as advance:
         for label, heads in systems.items():
             logits[label] = [_logits(one, experts[task], images, settings, advance) for task, one in heads.items()]
     predicted = {label: joint(found).classes for label, found in logits.items()}
@@ -136,14 +137,22 @@ def _scored(
         truth,
         predicted,
         digests,
-        how.metric,
-        Resampling(how.bootstrap, how.confidence, how.seed),
+        evaluate.metric,
+        Resampling(evaluate.bootstrap, evaluate.confidence, evaluate.seed),
         where=f"tasks {name}",
         reference=next(iter(systems)),
     )
     digest = content_key({task: found.digest() for task, found in rows.sets.items()})
-    precision = PrecisionChoice(how.precision, settings.precision)
-    scores = TaskScores(name, digest, len(truth), how.metric, how.confidence, how.bootstrap, scored, precision)
+    scores = TaskScores(
+        task=name,
+        dataset_digest=digest,
+        rows=len(truth),
+        metric=evaluate.metric,
+        confidence=evaluate.confidence,
+        bootstrap=evaluate.bootstrap,
+        systems=scored,
+        precision=PrecisionChoice(evaluate.precision, settings.precision),
+    )
     return JointScores(scores, within, {task: space.names for task, space in rows.spaces.items()})
 
 
@@ -152,5 +161,5 @@ def _logits(
 ) -> NDArray[np.float32]:
     folders = [system.backbone, *([expert] if expert.is_dir() else [])]
     where = f"{system.name} ({system.backbone})"
-    model = open_system(system, "image-classification")
+    model = open_system(system, KIND)
     return image_logits(model, preprocessing(*folders), images, settings, advance, where)
