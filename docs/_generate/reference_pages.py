@@ -18,6 +18,7 @@ from modelweld.config import json_schema
 from modelweld.methods.registry import Method, methods
 
 # The keys of a method that stand on the page of recipes already.
+_NESTED = "{heading_level: 3}"
 _IN_EVERY_METHOD = frozenset({"method", "scale"})
 
 
@@ -29,7 +30,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "reference/methods.md", methods_page()
     yield "reference/api/merging.md", merging_page()
     for kind in ("params", "recipe"):
-        yield f"reference/schemas/{kind}.json", json.dumps(json_schema(kind), indent=2, ensure_ascii=False) + "\n"
+        yield f"reference/schemas/{kind}.json", _json(json_schema(kind))
 
 
 def commands_page() -> str:
@@ -43,7 +44,7 @@ def commands_page() -> str:
         "tracebacks. Exit codes: 0 done, 1 a check said no, 2 bad input, 3 something outside failed, 130 interrupted."
     )
     sections = [
-        get_docs_for_click(obj=part, ctx=context, indent=1, name=name, call_prefix="modelweld")
+        tables.prose(get_docs_for_click(obj=part, ctx=context, indent=1, name=name, call_prefix="modelweld"))
         for name, part in command.commands.items()
     ]
     return _page("Commands", command.help or "", head, *sections)
@@ -95,12 +96,15 @@ def methods_page() -> str:
 
 
 def merging_page() -> str:
-    """The reference of `modelweld.merging`: the package, then every module that it exports."""
-    modules = [name for name in merging.__all__ if ismodule(getattr(merging, name))]
-    sections = [
-        f"## `merging.{name}`\n\n::: modelweld.methods.{name}\n    options: {{heading_level: 3}}" for name in modules
-    ]
-    return _page("modelweld.merging", "::: modelweld.merging", *sections)
+    """The reference of `modelweld.merging`: the package, then everything that it exports."""
+    head = "::: modelweld.merging\n    options: {members: false}"
+    sections = [f"## `merging.{name}`\n\n::: {_defined_at(name)}\n    options: {_NESTED}" for name in merging.__all__]
+    return _page("modelweld.merging", head, *sections)
+
+
+def _defined_at(name: str) -> str:
+    exported = getattr(merging, name)
+    return exported.__name__ if ismodule(exported) else f"{exported.__module__}.{exported.__qualname__}"
 
 
 def _method_section(method: Method) -> str:
@@ -142,6 +146,10 @@ def _of_methods() -> frozenset[str]:
 def _recipe_models() -> frozenset[str]:
     mapping = json_schema("recipe")["discriminator"]["mapping"]
     return frozenset(target.rsplit("/", 1)[-1] for target in mapping.values())
+
+
+def _json(schema: object) -> str:
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def _schema_link(kind: str) -> str:

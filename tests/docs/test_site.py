@@ -43,6 +43,7 @@ def page(site: Path, address: str) -> str:
 def test_every_command_is_in_the_reference(site: Path) -> None:
     text = page(site, "reference/commands")
     assert [name for name in COMMANDS if f"<code>modelweld {name}</code>" not in text] == []
+    assert "OUT/&lt;key&gt;/" in text  # and no placeholder of a help text is lost as an HTML tag
 
 
 def test_every_method_is_in_the_reference(site: Path) -> None:
