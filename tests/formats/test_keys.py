@@ -40,6 +40,9 @@ MIGRATED: dict[str, dict[str, str]] = {
 # Keys that the frozen release did not write, by document: why a document without them is still whole.
 ADDED: dict[str, dict[str, str]] = {
     "gate": {"results[].hint": "version 1 calls it `mend`"},
+    "scores": dict.fromkeys(
+        ("precision", "precision.requested", "precision.used"), "without it the precision is not known"
+    ),
 }
 
 

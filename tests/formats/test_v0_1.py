@@ -140,7 +140,7 @@ def test_the_recorded_alignment_brings_the_experts_to_the_merge(
     assert document["identity_share"] < 0.9, "the frozen example moves units"
     with open_inputs(recipe) as inputs, Checkpoint.open(merged) as found:
         order = Order.of(Align(), inputs, merged, tmp_path)
-        names = [expert.alignment.names for expert in inputs.experts]
+        names = [expert.name_map.names for expert in inputs.experts]
         for name in found.tensors:
             experts = [inputs.experts[k].checkpoint.read(names[k][name]) for k in (0, 1)]
             common = [order.common(k, names[k][name], experts[k]) for k in (0, 1)]
@@ -167,7 +167,7 @@ def test_the_newest_record_starts_the_next_run(project: Path, tags: dict[str, st
     with Project.find(project).worktree() as tree:
         assert tree.started_from is not None
         assert tree.started_from.tag == tags["aligned"]
-        assert tree.verdict() == "pass"
+        assert tree.gate_verdict() == "pass"
         assert tree.stale_stages() == []
 
 

@@ -164,6 +164,8 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
         # Paths differ from machine to machine: the digest of the matching stands for rows and spec.
         named = {key: sorted(getattr(recipe.align, key) or ()) or None for key in ("calibration", "validation")}
         document["align"] |= {**named, "spec": recipe.align.spec is not None}
+        # Release 0.1 called `beta` so: with another key, a merge made again would have another manifest.
+        document["align"]["inside"] = document["align"].pop("beta")
     return document
 
 
