@@ -1,4 +1,4 @@
-"""Image classification: rows of images, how a model wants its pixels, and its predictions."""
+"""Images through a model: rows of images, the preprocessing that a model states, and its logits."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _class_names(schema: pyarrow.Schema, column: str) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How one model wants its pixels: `processor` turns images into `pixel_values`; `mode` is the channels it takes."""
+    """The preprocessing of one model: `processor` turns images into `pixel_values`; `mode` is the channels it takes."""
 
     processor: Any
     mode: str
@@ -215,7 +215,7 @@ def _digest(text: bytes, mode: str) -> str:
 
 def image_logits(
     model: Any,
-    how: Preprocessing,
+    processor: Preprocessing,
     images: Sequence[Image.Image],
     settings: Settings,
     advance: Callable[[int], None],
@@ -231,7 +231,7 @@ def image_logits(
     with torch.inference_mode(), settings.products():
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
-            pixels = how.batch(part, start, where)
+            pixels = processor.batch(part, start, where)
             try:
                 collected.append(model(pixel_values=pixels.to(settings.device)).logits)
             except torch.OutOfMemoryError as error:
@@ -257,7 +257,7 @@ def top_class(logits: NDArray[np.float32]) -> Predictions:
 
 
 def joint(logits: Sequence[NDArray[np.float32]]) -> Predictions:
-    """Predictions over the classes of all heads, the heads' logits side by side: class numbers count through the heads.
+    """Predictions over the classes of all heads: their logits in one row, and classes numbered across the heads.
 
     The heads were trained apart, so nothing made their logits comparable: this asks more than each task alone.
     """

@@ -149,7 +149,7 @@ class TaskKind(ABC):
         truth: Classes,
         predictions: Mapping[str, Predictions],
         digests: Mapping[str, str],
-        how: Evaluate,
+        evaluate: Evaluate,
         where: str,
         reference: str,
     ) -> dict[str, SystemScores]:
@@ -209,14 +209,14 @@ class ClassificationKind(TaskKind):
         truth: Classes,
         predictions: Mapping[str, Predictions],
         digests: Mapping[str, str],
-        how: Evaluate,
+        evaluate: Evaluate,
         where: str,
         reference: str,
     ) -> dict[str, SystemScores]:
         """Accuracy and macro-F1, with McNemar's test against `reference`."""
         classes = {name: found.classes for name, found in predictions.items()}
-        resampling = Resampling(how.bootstrap, how.confidence, how.seed)
-        return score_systems(truth, classes, digests, how.metric, resampling, where=where, reference=reference)
+        resampling = Resampling(evaluate.bootstrap, evaluate.confidence, evaluate.seed)
+        return score_systems(truth, classes, digests, evaluate.metric, resampling, where=where, reference=reference)
 
     def doubts(self, truth: Classes, scored: Mapping[str, SystemScores], space: LabelSpace) -> list[str]:
         """Systems that are right no more often than the most frequent class is; the base is expected to be such."""
