@@ -20,12 +20,12 @@ from modelweld.config.methods import (
     Ties,
 )
 from modelweld.engine.lane import Lane
-from modelweld.engine.trimming import Survey
 from modelweld.methods import linear, model_stock, slerp
 from modelweld.methods.dare import dropping
 from modelweld.methods.numerics import kernels
-from modelweld.methods.numerics.chance import stream_keys
 from modelweld.methods.numerics.operands import Weights, coefficients
+from modelweld.methods.numerics.rng import stream_keys
+from modelweld.methods.numerics.ties_thresholds import Survey
 from modelweld.methods.registry import TensorContext, method
 
 # The experts' weights (N, n), the base's (n,) or an empty tensor, and where in its tensor the chunk begins, to (n,).

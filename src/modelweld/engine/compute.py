@@ -32,10 +32,10 @@ from modelweld.engine.lane import Lane
 from modelweld.engine.packing import merge_packed
 from modelweld.engine.plan import SURVEYED, TensorPlan
 from modelweld.engine.reading import BASE, Cancelled, Hashers, Reader, require_finite
-from modelweld.engine.trimming import SAMPLE_BLOCK, Survey, sample_starts, survey
 from modelweld.errors import MergeError
 from modelweld.methods.numerics.low_rank import LowRank
 from modelweld.methods.numerics.operands import gram
+from modelweld.methods.numerics.ties_thresholds import SAMPLE_BLOCK, Survey, sample_starts, survey
 from modelweld.methods.registry import TensorContext, method
 
 __all__ = ["CHUNK", "Cancelled", "Rounding", "Target", "Worker", "chunk_elements"]

@@ -20,8 +20,8 @@ from modelweld.engine.compute import chunk_elements
 from modelweld.engine.inputs import Inputs
 from modelweld.engine.memory import room, working_bytes
 from modelweld.engine.plan import SURVEYED, Plan, TensorPlan
-from modelweld.engine.trimming import Survey, survey
 from modelweld.methods.numerics.operands import gram
+from modelweld.methods.numerics.ties_thresholds import Survey, survey
 from modelweld.methods.registry import TensorContext, method
 
 _TRIAL_S = 0.25

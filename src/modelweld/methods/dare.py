@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
-from modelweld.methods.numerics.chance import LEVELS, draws, stream_keys
 from modelweld.methods.numerics.election import elect_overwriting, weighted_sum
 from modelweld.methods.numerics.operands import Weights, shares, stacked
+from modelweld.methods.numerics.rng import LEVELS, draws, stream_keys
 
 
 def merge(
@@ -25,7 +25,7 @@ def merge(
 ) -> Tensor:
     """`(*shape)`: Σ c_i D_i m_i / (1 - p) over `(N, *shape)`, or TIES' election of the dropped and rescaled D_i.
 
-    `keys` are the models' random streams (`chance.stream_keys`), `offset` is where a flat chunk begins in its tensor:
+    `keys` are the models' random streams (`rng.stream_keys`), `offset` is where a flat chunk begins in its tensor:
     a chunk gets the entries that the whole tensor would. float32 (float64 for float64). The rate is met to 1/65536 and
     the rescaling uses the rate that was met. Under `ties` entries that cancel exactly are 0.
     """

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
-from modelweld.methods.numerics.chance import LEVELS, draws, stream_keys
 from modelweld.methods.numerics.election import fused
 from modelweld.methods.numerics.operands import Weights, shares, stacked
+from modelweld.methods.numerics.rng import LEVELS, draws, stream_keys
 
 
 def merge(

@@ -37,9 +37,9 @@ from modelweld.methods import (
     ties,
     tsv_m,
 )
-from modelweld.methods.numerics.chance import stream_keys
 from modelweld.methods.numerics.low_rank import LowRank, require_finite_factors
 from modelweld.methods.numerics.operands import Weights, require_finite
+from modelweld.methods.numerics.rng import stream_keys
 
 # A number that may still be in the making on a device, or a word.
 Note: TypeAlias = "Tensor | float | int | str"

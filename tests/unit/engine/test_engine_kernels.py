@@ -10,9 +10,9 @@ from torch import Tensor
 
 from modelweld.config.methods import Average, Dare, Linear, MethodParameters, ModelStock, Slerp, TaskArithmetic, Ties
 from modelweld.engine.chunks import in_host_memory
-from modelweld.engine.trimming import SAMPLE_BLOCK, sample_starts, survey
 from modelweld.methods.numerics.operands import gram
 from modelweld.methods.numerics.selection import magnitude_threshold
+from modelweld.methods.numerics.ties_thresholds import SAMPLE_BLOCK, sample_starts, survey
 from modelweld.methods.registry import TensorContext, method
 
 LENGTH = 5000  # more than one piece of a loop, and not a whole number of them

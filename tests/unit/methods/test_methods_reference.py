@@ -28,7 +28,7 @@ from modelweld.methods import (
     ties,
     tsv_m,
 )
-from modelweld.methods.numerics.chance import draws, stream_keys
+from modelweld.methods.numerics.rng import draws, stream_keys
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-9

@@ -153,7 +153,7 @@ def drop(
 ) -> None:
     """Into `merged`: Σ c_i, or TIES' elected mean, of the task vectors' entries whose draw reaches `level`.
 
-    The draws are those of `chance.draws` from `offset` on, which must be a multiple of 4.
+    The draws are those of `rng.draws` from `offset` on, which must be a multiple of 4.
     """
     count = len(stack)
     kept, scratch = np.empty((count, _PIECE), stack.dtype), np.empty(_PIECE, stack.dtype)
