@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from modelweld.methods import LowRank
-from modelweld.methods.registry import TensorContext, method, methods
+from modelweld.methods.method import TensorContext
+from modelweld.methods.registry import method, methods
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,7 @@ def context(count: int) -> TensorContext:
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (700, 20)])
 def test_the_device_gives_what_the_cpu_gives(name: str, shape: tuple[int, int]) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     deltas = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     there = chosen.merge(deltas.cuda(), chosen.parameters(), [1.0] * count, context=context(count))
     here = chosen.merge(deltas, chosen.parameters(), [1.0] * count, context=context(count))

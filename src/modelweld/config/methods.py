@@ -160,21 +160,9 @@ class Mudsc(MethodParameters):
     method: Literal["mudsc"] = "mudsc"
 
 
-METHODS: tuple[type[MethodParameters], ...] = (
-    Average,
-    Linear,
-    TaskArithmetic,
-    Ties,
-    Dare,
-    Drm,
-    Slerp,
-    ModelStock,
-    Breadcrumbs,
-    Della,
-    Knots,
-    TsvM,
-    IsoC,
-    IsoCts,
-    Pcb,
-    Mudsc,
+# Every class above that names a method, in the order of this file.
+METHODS: tuple[type[MethodParameters], ...] = tuple(
+    kind
+    for kind in list(globals().values())
+    if isinstance(kind, type) and issubclass(kind, MethodParameters) and kind is not MethodParameters
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from torch import Tensor
 from modelweld.checkpoints.adapter import WRAPPING
 from modelweld.config import Recipe
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.figures import joined
+from modelweld.engine.figures import combine
 from modelweld.engine.inputs import Expert, Inputs
 from modelweld.engine.packing import pack, unpack
 from modelweld.errors import ConfigError
+from modelweld.methods.method import Method, TensorContext
 from modelweld.methods.numerics.low_rank import LowRank
 from modelweld.methods.numerics.operands import Weights
-from modelweld.methods.registry import Method, TensorContext, method
+from modelweld.methods.registry import method
 
 if TYPE_CHECKING:
     from modelweld.engine.plan import TensorPlan
@@ -33,7 +34,8 @@ Route = Literal["dense", "densified", "factors"]
 def route_of(name: str, parameters: MethodParameters, inputs: Inputs) -> Route | None:
     """How a merged tensor is computed; None when no expert changes it, so that the base's own is the result."""
     kinds = [_kind(expert, name) for expert in inputs.experts]
-    chosen, keeps_base = method(parameters.method), _keeps_base(parameters)
+    chosen = method(parameters.method)
+    keeps_base = chosen.keeps_equal_models(parameters)
     if keeps_base and all(kind == "untouched" for kind in kinds):
         return None
     if "factors" not in kinds:
@@ -72,7 +74,7 @@ def factors_of(name: str, shape: Sequence[int], expert: Expert, read: Callable[[
 
 
 def merge_factors(
-    chosen: Method,
+    chosen: Method[Any],
     parameters: MethodParameters,
     factors: Sequence[LowRank],
     tensor: TensorPlan,
@@ -89,12 +91,12 @@ def merge_factors(
     for factor in upright:
         for part, rows in zip(parts, unpack(factor.B.unsqueeze(0), tensor.packing), strict=True):
             part.append(LowRank(rows[0], factor.A))
-    done, notes = [], []
+    done, diagnostics = [], []
     for number, part in enumerate(parts):
-        own = dataclasses.replace(context, name=f"{context.name}[{number}]", notes={})
+        own = dataclasses.replace(context, name=f"{context.name}[{number}]", diagnostics={})
         done.append(chosen.merge_low_rank(part, parameters, weights, context=own))
-        notes.append((tensor.packing.sizes[number], own.notes))
-    context.notes.update(joined(notes))
+        diagnostics.append((tensor.packing.sizes[number], own.diagnostics))
+    context.diagnostics.update(combine(diagnostics))
     width, left, before = sum(factor.rank for factor in done), [], 0
     for factor in done:
         padded = torch.zeros(factor.B.shape[0], width, dtype=factor.B.dtype, device=factor.B.device)
@@ -127,7 +129,9 @@ def kept_as_adapter(
         module = (first.prefix + tensor.name.removeprefix(first.reference_prefix)).removesuffix(".weight")
         pairs = [expert.adapter.pairs.get(tensor.name) for expert in inputs.experts if expert.adapter]
         present = [pair for pair in pairs if pair is not None]
-        rank = ranks[module] = _rank(tensor, [pair.rank for pair in present], len(pairs))
+        parts = len(tensor.packing.sizes) if tensor.packing else 1
+        found = method(str(tensor.method)).output_rank([pair.rank if pair else 0 for pair in pairs])
+        rank = ranks[module] = parts * found
         table, flipped = present[0].table, present[0].transposed
         rows, columns = tensor.shape
         out, inner = (columns, rows) if table or flipped else (rows, columns)
@@ -160,18 +164,6 @@ def _kind(expert: Expert, name: str) -> Literal["whole", "factors", "untouched"]
     if name in expert.adapter.pairs:
         return "factors"
     return "whole" if name in expert.adapter.touched else "untouched"
-
-
-def _keeps_base(parameters: MethodParameters) -> bool:
-    """Whether equal models come out as they are: a result that is the base plus what is merged of the deltas."""
-    if method(parameters.method).needs_base:
-        return True
-    return parameters.scale == 1.0 and bool(getattr(parameters, "normalize", True))
-
-
-def _rank(tensor: TensorPlan, ranks: list[int], experts: int) -> int:
-    parts = len(tensor.packing.sizes) if tensor.packing else 1
-    return parts * (experts * max(ranks) if tensor.method == "tsv_m" else sum(ranks))
 
 
 def _cannot_keep(why: str) -> ConfigError:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from modelweld.config.methods import (
-    Average,
-    Dare,
-    Linear,
-    MethodParameters,
-    ModelStock,
-    Mudsc,
-    Slerp,
-    TaskArithmetic,
-    Ties,
-)
+from modelweld.config.methods import MethodParameters
 from modelweld.engine.lane import Lane
-from modelweld.methods import linear, model_stock, slerp
-from modelweld.methods.dare import dropping
-from modelweld.methods.numerics import kernels
+from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.operands import Weights, coefficients
-from modelweld.methods.numerics.rng import stream_keys
-from modelweld.methods.numerics.ties_thresholds import Survey
-from modelweld.methods.registry import TensorContext, method
+from modelweld.methods.registry import method
+from modelweld.methods.streaming import KernelInputs, TensorStatistics
 
 # The experts' weights (N, n), the base's (n,) or an empty tensor, and where in its tensor the chunk begins, to (n,).
 Combine = Callable[[Tensor, Tensor, int], Tensor]
@@ -72,71 +59,22 @@ def in_host_memory(
     weights: Weights,
     context: TensorContext,
     dtype: torch.dtype,
-    known: Survey | Tensor | None = None,
+    statistics: TensorStatistics | None = None,
 ) -> Combine:
-    """The same arithmetic as `on_device`, compiled.
+    """The same arithmetic as `on_device` in the method's compiled form, where it has one.
 
-    `known` is what a method has to be told of the whole tensor: TIES its survey, slerp and model_stock the inner
-    products of the models `(N, N)`.
+    `statistics` is what the method's statistics pass has found of the whole tensor.
     """
-    experts = torch.empty(len(context.experts), dtype=dtype)
-    shares = coefficients(weights, experts)
-    match parameters:
-        case Slerp() if isinstance(known, Tensor):
-            into = _weighted(slerp.shares(known, t=parameters.t, weights=weights).to(dtype))
-        case ModelStock() if isinstance(known, Tensor):
-            into = _weighted(model_stock.shares(known).to(dtype).contiguous())
-        case Ties() if isinstance(known, Survey):
-            divisor = 0.0 if parameters.disjoint_mean else float(len(experts))
-            into = _elected(known, shares, divisor)
-        case Dare():
-            into = _dropped(parameters, shares, stream_keys(parameters.seed, context.name, context.expert_digests))
-        case TaskArithmetic():
-            into = _weighted(shares)
-        case Linear():
-            into = _weighted(linear.normalized(shares, weights) if parameters.normalize else shares)
-        case Average() | Mudsc():
-            into = _weighted(linear.normalized(torch.ones_like(experts), None))
-        case _:
-            return on_device(parameters, weights, context, Lane(torch.device("cpu")))
-    scale = parameters.scale
+    chosen = method(parameters.method)
+    if chosen.host_kernel is None:
+        return on_device(parameters, weights, context, Lane(torch.device("cpu")))
+    shares = coefficients(weights, torch.empty(len(context.experts), dtype=dtype))
+    given = KernelInputs(weights, shares, context.name, context.expert_digests, statistics)
+    kernel, scale = chosen.host_kernel(parameters, given), parameters.scale
 
     def combine(stack: Tensor, origin: Tensor, start: int) -> Tensor:
         merged = torch.empty_like(stack[0])
-        into(stack, origin, start, merged)
+        kernel(stack.numpy(), origin.numpy(), start, merged.numpy())
         return merged if scale == 1.0 else merged.mul_(scale)
 
     return combine
-
-
-Into = Callable[[Tensor, Tensor, int, Tensor], None]
-
-
-def _weighted(shares: Tensor) -> Into:
-    def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
-        kernels.weigh(stack.numpy(), origin.numpy(), shares.numpy(), merged.numpy())
-
-    return into
-
-
-def _elected(known: Survey, shares: Tensor, divisor: float) -> Into:
-    exact = known.thresholds.dtype.type
-
-    def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
-        values = stack.numpy(), origin.numpy(), known.thresholds, shares.numpy()
-        known.count(*kernels.elect(*values, exact(divisor), exact(known.vote), merged.numpy()))
-
-    return into
-
-
-def _dropped(parameters: Dare, shares: Tensor, keys: Sequence[int]) -> Into:
-    level, factor = dropping(parameters.drop_rate, rescale=parameters.rescale)
-    streams = torch.tensor(keys, dtype=torch.int64).numpy().view("uint64")
-    elected = parameters.combine == "ties"
-
-    def into(stack: Tensor, origin: Tensor, start: int, merged: Tensor) -> None:
-        values = stack.numpy(), origin.numpy(), streams
-        kernels.drop(*values, start, level, shares.numpy(), elected, merged.numpy())
-        merged.mul_(factor)
-
-    return into

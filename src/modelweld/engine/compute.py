@@ -21,22 +21,22 @@ from torch import Tensor
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.checkpoints.shards import Slot
-from modelweld.config.methods import MethodParameters, Ties
+from modelweld.config.methods import MethodParameters
 from modelweld.engine.adapters import factors_of, merge_factors, stored_factor
 from modelweld.engine.chunks import Combine, in_host_memory, on_device
-from modelweld.engine.figures import figures
+from modelweld.engine.figures import to_plain
 from modelweld.engine.inputs import Expert, Inputs
 from modelweld.engine.journal import Finished
 from modelweld.engine.lane import CHUNK as DEVICE_CHUNK
 from modelweld.engine.lane import Lane
 from modelweld.engine.packing import merge_packed
-from modelweld.engine.plan import SURVEYED, TensorPlan
-from modelweld.engine.reading import BASE, Cancelled, Hashers, Reader, require_finite
+from modelweld.engine.plan import TensorPlan, dtype_name
+from modelweld.engine.reading import BASE, SAMPLE_BLOCK, Cancelled, Hashers, Reader, require_finite, sample_starts
 from modelweld.errors import MergeError
+from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.low_rank import LowRank
-from modelweld.methods.numerics.operands import gram
-from modelweld.methods.numerics.ties_thresholds import SAMPLE_BLOCK, Survey, sample_starts, survey
-from modelweld.methods.registry import TensorContext, method
+from modelweld.methods.registry import method
+from modelweld.methods.streaming import TensorStatistics
 
 __all__ = ["CHUNK", "Cancelled", "Rounding", "Target", "Worker", "chunk_elements"]
 
@@ -95,7 +95,7 @@ class _Shared:
     origin: Tensor | None = None
     stack: Tensor | None = None
     inputs: dict[str, str] = field(default_factory=dict)
-    kept: dict[Hashable, Any] = field(default_factory=dict)
+    cache: dict[Hashable, Any] = field(default_factory=dict)
     fallback: Literal["cpu"] | None = None
 
 
@@ -145,21 +145,25 @@ class Worker:
         return Finished(tensor.name, written.hexdigest(), {label: read.hexdigest()})
 
     def _streamed(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
-        base = self._inputs.base if method(parameters.method).needs_base else None
+        chosen = method(parameters.method)
+        base = self._inputs.base if chosen.needs_base else None
         hashers = {label: blake3() for label in (*self._labels, BASE)}
-        surveyed, known = None, {}
-        if isinstance(parameters, SURVEYED):
-            surveyed = self._surveyed(tensor, parameters, base, hashers)
+        statistics: TensorStatistics | None = None
+        known: dict[str, str] = {}
+        if chosen.statistics is not None:
+            chunks = _TensorChunks(tensor, base, self._reader, hashers)
+            statistics = chosen.statistics.collect(parameters, chunks)
+            chunks.require_whole()
             known = _hexdigests(hashers)
-        elif "seed" in type(parameters).model_fields:
+        elif chosen.seeded:
             # Random streams are keyed by the experts' bytes, which have to be known before the first draw.
             known = self._reader.digests(tensor, base)
-        combine = self._combine(tensor, parameters, known, surveyed)
+        combine = self._combine(tensor, parameters, known, statistics)
 
         def merged_pieces() -> Iterator[tuple[int, Tensor, Tensor]]:
             for start, count in self._reader.pieces(tensor.elements):
                 stack, origin = self._reader.chunk_of(
-                    tensor, base, start, count, hashers=None if known else hashers, check=surveyed is None
+                    tensor, base, start, count, hashers=None if known else hashers, check=statistics is None
                 )
                 yield start, origin, combine(stack, origin, start)
 
@@ -171,7 +175,7 @@ class Worker:
         inputs = known or _hexdigests(hashers)
         if base is None:
             inputs = {label: inputs[label] for label in self._labels}
-        said = figures(surveyed.notes(tensor.elements)) if isinstance(surveyed, Survey) else {}
+        said = to_plain(statistics.diagnostics(tensor.elements)) if statistics is not None else {}
         fallback: Literal["blocks"] | None = "blocks" if self._lane.block < DEVICE_CHUNK else None
         return _finished(tensor, written, inputs, rounding if base is not None else None, said, fallback)
 
@@ -180,38 +184,13 @@ class Worker:
         tensor: TensorPlan,
         parameters: MethodParameters,
         known: dict[str, str],
-        surveyed: Survey | Tensor | None,
+        statistics: TensorStatistics | None,
     ) -> Combine:
         digests = tuple(known[label] for label in self._labels) if known else ()
         context = TensorContext(tensor.name, digests, self._labels, finite=True)
         if not self._lane.moves:
-            return in_host_memory(parameters, self._inputs.weights, context, tensor.work_dtype, surveyed)
+            return in_host_memory(parameters, self._inputs.weights, context, tensor.work_dtype, statistics)
         return on_device(parameters, self._inputs.weights, context, self._lane)
-
-    def _surveyed(
-        self, tensor: TensorPlan, parameters: MethodParameters, base: Checkpoint | None, hashers: Hashers
-    ) -> Survey | Tensor:
-        """What the method has to know of the whole tensor; the first pass checks its values and hashes its bytes."""
-        reader, passed = self._reader, False
-
-        def passes() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal passed
-            first, passed = not passed, True
-            for start, count in reader.pieces(tensor.elements):
-                seen = hashers if first else None
-                yield reader.chunk_of(tensor, base, start, count, hashers=seen, check=first)
-
-        if not isinstance(parameters, Ties):
-            products = torch.zeros(len(self._labels), len(self._labels), dtype=torch.float64)
-            for stack, origin in passes():
-                products += gram(stack if base is None else stack - origin)
-            return products
-        blocks = []
-        for start in sample_starts(tensor.elements):
-            count = min(SAMPLE_BLOCK, tensor.elements - start)
-            stack, origin = reader.chunk_of(tensor, base, start, count, hashers=None, check=False)
-            blocks.append(stack - origin)
-        return survey(passes, torch.cat(blocks, dim=1), tensor.elements, parameters.density)
 
     def _whole(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
         chosen, shared = method(parameters.method), self._shared or _Shared()
@@ -221,7 +200,7 @@ class Worker:
         digests = tuple(inputs.get(label, "") for label in self._labels)
 
         def merge(lane: Lane) -> tuple[Tensor, TensorContext]:
-            context = TensorContext(tensor.name, digests, self._labels, origin, 0, finite=True, kept=shared.kept)
+            context = TensorContext(tensor.name, digests, self._labels, finite=True, cache=shared.cache)
             merged = merge_packed(chosen, parameters, lane.send(stack), tensor, self._inputs.weights, context)
             return lane.bring(merged), context
 
@@ -242,7 +221,7 @@ class Worker:
                 lane.land()
             except torch.OutOfMemoryError:
                 shared.fallback = "cpu"
-                shared.kept.clear()
+                shared.cache.clear()
             else:
                 return found
             lane.recover()
@@ -281,7 +260,7 @@ class Worker:
         digests = tuple(inputs.get(label, "") for label in self._labels)
 
         def merge(lane: Lane) -> tuple[LowRank, TensorContext]:
-            context = TensorContext(target.name, digests, self._labels, origin, 0, finite=True, kept=shared.kept)
+            context = TensorContext(target.name, digests, self._labels, finite=True, cache=shared.cache)
             there = [LowRank(lane.send(factor.B), lane.send(factor.A)) for factor in factors]
             merged = merge_factors(chosen, parameters, there, target, self._inputs.weights, context)
             return LowRank(lane.bring(merged.B), lane.bring(merged.A)), context
@@ -324,7 +303,7 @@ class Worker:
             exact = part if flat is None else part + flat[start : start + CHUNK]
             self._finish(part, exact, flat is not None, tensor, slot, start, out, written, rounding)
         counted = rounding if flat is not None else None
-        return _finished(tensor, written, shared.inputs, counted, figures(context.notes), shared.fallback)
+        return _finished(tensor, written, shared.inputs, counted, to_plain(context.diagnostics), shared.fallback)
 
     def _finish(
         self,
@@ -339,8 +318,7 @@ class Worker:
         rounding: Rounding,
     ) -> None:
         rounded = exact.to(tensor.dtype)
-        if tensor.dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
-            raise MergeError("the merge overflows float16", where=tensor.name, hint="output: {dtype: bfloat16}")
+        _require_finite_result(exact, rounded, tensor)
         self._emit(rounded, slot, start, out, written)
         if based:
             rounding.add(delta, exact, rounded)
@@ -350,6 +328,65 @@ class Worker:
             view = bytes_of(values.contiguous())
             hasher.update(view)
             out.write(slot, start * values.dtype.itemsize, view)
+
+
+@dataclass
+class _TensorChunks:
+    """A tensor of all models as a statistics pass sees it; the first pass checks its values and hashes its bytes."""
+
+    tensor: TensorPlan
+    base: Checkpoint | None
+    reader: Reader
+    hashers: Hashers
+    _begun: bool = False
+    _whole: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Entries of the tensor in one model."""
+        return self.tensor.elements
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The chunks, in order."""
+        first, self._begun = not self._begun, True
+        for start, count in self.reader.pieces(self.tensor.elements):
+            hashers = self.hashers if first else None
+            yield self.reader.chunk_of(self.tensor, self.base, start, count, hashers=hashers, check=first)
+        self._whole = True
+
+    def require_whole(self) -> None:
+        """Raise MergeError unless a pass has seen the whole tensor: its digests and the check rest on it."""
+        if not self._whole:
+            raise MergeError(
+                f"the statistics pass of {self.tensor.method} has not read the whole tensor",
+                where=self.tensor.name,
+                hint="this is a defect of the method: its `collect` has to finish one of `chunks.passes()`",
+            )
+
+    def sample(self) -> Tensor:
+        """Task vectors (or weights) in blocks that are spread evenly."""
+        blocks = []
+        for start in sample_starts(self.tensor.elements):
+            count = min(SAMPLE_BLOCK, self.tensor.elements - start)
+            stack, origin = self.reader.chunk_of(self.tensor, self.base, start, count, hashers=None, check=False)
+            blocks.append(stack - origin if origin.numel() else stack.clone())
+        return torch.cat(blocks, dim=1)
+
+
+def _require_finite_result(exact: Tensor, rounded: Tensor, tensor: TensorPlan) -> None:
+    """Raise MergeError for a result that is not finite, before or after rounding."""
+    if exact.numel() == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(exact))
+    largest = torch.finfo(rounded.dtype).max
+    # A little above the largest number some still round down to it.
+    if (-largest <= low and high <= largest) or bool(rounded.isfinite().all()):
+        return
+    if bool(exact.isnan().any()):
+        hint = "change its parameters, or the models' weights"
+        raise MergeError(f"{tensor.method} gives NaN for these models", where=tensor.name, hint=hint)
+    hint = "use a smaller scale" if rounded.dtype.itemsize >= 4 else "output: {dtype: float32}, or a smaller scale"
+    raise MergeError(f"the merge overflows {dtype_name(rounded.dtype)}", where=tensor.name, hint=hint)
 
 
 def _hexdigests(hashers: Hashers) -> dict[str, str]:

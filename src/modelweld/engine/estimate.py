@@ -14,15 +14,15 @@ from blake3 import blake3
 from torch import Tensor
 
 from modelweld.checkpoints.buffers import bytes_of
-from modelweld.config.methods import MethodParameters, Ties
+from modelweld.config.methods import MethodParameters
 from modelweld.engine.chunks import in_host_memory
 from modelweld.engine.compute import chunk_elements
 from modelweld.engine.inputs import Inputs
 from modelweld.engine.memory import room, working_bytes
-from modelweld.engine.plan import SURVEYED, Plan, TensorPlan
-from modelweld.methods.numerics.operands import gram
-from modelweld.methods.numerics.ties_thresholds import Survey, survey
-from modelweld.methods.registry import TensorContext, method
+from modelweld.engine.plan import Plan, TensorPlan
+from modelweld.methods.method import TensorContext
+from modelweld.methods.numerics.work import Work
+from modelweld.methods.registry import method
 
 _TRIAL_S = 0.25
 _GEMM = 512
@@ -31,24 +31,6 @@ _MATRIX = 256
 _WRITE_TRIAL_BYTES = 32 << 20
 _READ_TRIAL_BYTES = 64 << 20
 _READ_BLOCK = 1 << 18
-
-
-@dataclass(frozen=True)
-class MatrixWork:
-    """Operations on one weight: matrix products and QR, eigenproblems, and entries touched singly."""
-
-    gemm: float
-    eigh: float
-    entries: float
-
-    def __add__(self, other: MatrixWork) -> MatrixWork:
-        """Both together."""
-        return MatrixWork(self.gemm + other.gemm, self.eigh + other.eigh, self.entries + other.entries)
-
-    @property
-    def total(self) -> float:
-        """All operations."""
-        return self.gemm + self.eigh + self.entries
 
 
 @dataclass(frozen=True)
@@ -74,44 +56,39 @@ def flops(tensor: TensorPlan, experts: int) -> float:
     return dense + tensor.elements * (2.0 * experts + 2)
 
 
-def matrix_work(tensor: TensorPlan, experts: int) -> MatrixWork:
-    """The operations of a Gram, eigh, projection and reconstruction over the parts of a dense weight."""
-    total = MatrixWork(0.0, 0.0, 0.0)
-    for n, m in _parts(tensor, *tensor.shape):
-        side = min(n, experts * m)  # the smaller Gram serves
-        gemm = 2.0 * n * experts * m * side + 2.0 * n * experts * m * side + 2.0 * n * m * side
-        total += MatrixWork(gemm, 9.0 * side**3, float(experts * n * m))
+def matrix_work(tensor: TensorPlan, experts: int) -> Work:
+    """The operations on a dense weight of a method that takes whole matrices, over its parts."""
+    total = Work(0.0, 0.0, 0.0)
+    if tensor.parameters is not None:
+        for n, m in _parts(tensor, *tensor.shape):
+            total += method(tensor.parameters.method).matrix_work(tensor.parameters, experts, n, m)
     return total
 
 
-def factor_work(tensor: TensorPlan, experts: int) -> MatrixWork:
+def factor_work(tensor: TensorPlan, experts: int) -> Work:
     """As `matrix_work` for factors (n, R) and (R, m), R all experts' ranks together, and adding the result to the base.
 
-    A subspace method takes the QR of the joined columns, works on the cores (N, R, m) and goes back to n rows; other
-    methods join the factors as they are. An adapter that stays one is never multiplied out.
+    Methods that do not take whole matrices join the factors as they are. An adapter that stays one is never multiplied
+    out.
     """
     whole = tensor.whole or tensor
     rows, columns = whole.shape
-    rank, total = sum(tensor.ranks), MatrixWork(0.0, 0.0, 0.0)
+    rank, total = sum(tensor.ranks), Work(0.0, 0.0, 0.0)
     parts = _parts(tensor, rows, columns)
-    if tensor.parameters is not None and method(tensor.parameters.method).whole_matrix:
+    chosen = method(tensor.parameters.method) if tensor.parameters is not None else None
+    if chosen is not None and chosen.whole_matrix:
         for n, m in parts:
-            side = min(rank, n)
-            qr, cores, back = 4.0 * n * rank * side, 2.0 * side * rank * m, 2.0 * n * side * side
-            inner = 4.0 * experts * m * side * side
-            total += MatrixWork(qr + cores + inner + back, 9.0 * side**3, float(experts * side * m))
+            total += chosen.factor_work(tensor.parameters, experts, rank, n, m)
     if tensor.whole is None:
-        total += MatrixWork(2.0 * rows * columns * rank * len(parts), 0.0, float(rows * columns))
+        total += Work(2.0 * rows * columns * rank * len(parts), 0.0, float(rows * columns))
     return total
 
 
 def _parts(tensor: TensorPlan, rows: int, columns: int) -> list[tuple[int, int]]:
-    """(n, m) of every packed projection, turned as the method takes it: n is the side whose basis is joint."""
+    """(out, in) of every packed projection."""
     out, inner = (columns, rows) if tensor.transposed else (rows, columns)
     sizes = [size * tensor.packing.groups for size in tensor.packing.sizes] if tensor.packing else [out]
-    direction = getattr(tensor.parameters, "direction", "horizontal")
-    upright = [direction == "horizontal" or (direction == "auto" and size <= inner) for size in sizes]
-    return [(size, inner) if whole else (inner, size) for size, whole in zip(sizes, upright, strict=True)]
+    return [(size, inner) for size in sizes]
 
 
 def peak_memory(plan: Plan, experts: int, threads: int, resident: int, limit: int | None, device: str = "cpu") -> int:
@@ -138,7 +115,7 @@ def seconds(plan: Plan, experts: int, rates: Rates, threads: int) -> float:
         elif method(tensor.parameters.method).whole_matrix:
             work = matrix_work(tensor, experts)
         else:
-            work = MatrixWork(0.0, 0.0, float(tensor.elements))
+            work = Work(0.0, 0.0, float(tensor.elements))
         made_dense = 2.0 * tensor.elements * sum(tensor.ranks) if tensor.route == "densified" else 0.0
         compute += (work.gemm + made_dense) / rates.gemm + work.eigh / rates.eigh
         compute += work.entries / rates.entries[tensor.parameters]
@@ -148,7 +125,8 @@ def seconds(plan: Plan, experts: int, rates: Rates, threads: int) -> float:
 
 def _twice(parameters: MethodParameters | None) -> bool:
     """Whether a tensor is read once to survey or hash it, and once more to merge it."""
-    return isinstance(parameters, SURVEYED) or "seed" in type(parameters).model_fields if parameters else False
+    chosen = method(parameters.method) if parameters else None
+    return chosen is not None and (chosen.statistics is not None or chosen.seeded)
 
 
 def calibrate(plan: Plan, inputs: Inputs, out: Path) -> Rates:
@@ -178,7 +156,7 @@ def _entries(parameters: MethodParameters, inputs: Inputs, gemm: float, eigh: fl
     shape = (_MATRIX, _MATRIX) if chosen.whole_matrix else (count,)
     stack = torch.randn(experts, *shape, generator=torch.Generator().manual_seed(0))
     labels = tuple(expert.label for expert in inputs.experts)
-    context = TensorContext("calibration", labels, labels, torch.zeros(shape), finite=True)
+    context = TensorContext("calibration", labels, labels, finite=True)
     if not chosen.whole_matrix:
         return count / _timed(_chunk_trial(parameters, inputs, stack, context))
     spent = _timed(lambda: chosen.merge(stack, parameters, inputs.weights, context=context))
@@ -190,21 +168,37 @@ def _entries(parameters: MethodParameters, inputs: Inputs, gemm: float, eigh: fl
 def _chunk_trial(
     parameters: MethodParameters, inputs: Inputs, stack: Tensor, context: TensorContext
 ) -> Callable[[], object]:
-    """A chunk, merged in host memory by a method that sees a few numbers of the whole tensor at most."""
-    origin = torch.zeros(stack.shape[1])
-
-    def passes() -> Iterator[tuple[Tensor, Tensor]]:
-        yield stack, origin
+    """A chunk, merged in host memory by a method that depends on the whole tensor through a few numbers at most."""
+    passed = method(parameters.method).statistics
+    chunks = _OneChunk(stack, torch.zeros(stack.shape[1]))
 
     def trial() -> object:
-        known: Survey | Tensor | None = None
-        if isinstance(parameters, Ties):
-            known = survey(passes, stack[:, : 1 << 14], stack.shape[1], parameters.density)
-        elif isinstance(parameters, SURVEYED):
-            known = gram(stack)
-        return in_host_memory(parameters, inputs.weights, context, stack.dtype, known)(stack, origin, 0)
+        statistics = passed.collect(parameters, chunks) if passed else None
+        combine = in_host_memory(parameters, inputs.weights, context, stack.dtype, statistics)
+        return combine(stack, chunks.origin, 0)
 
     return trial
+
+
+@dataclass(frozen=True)
+class _OneChunk:
+    """A tensor that is one chunk: the experts' `(N, n)` and the base's `(n,)`."""
+
+    stack: Tensor
+    origin: Tensor
+
+    @property
+    def elements(self) -> int:
+        """Entries of one model."""
+        return self.stack.shape[1]
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The chunk."""
+        yield self.stack, self.origin
+
+    def sample(self) -> Tensor:
+        """The task vectors at its start."""
+        return (self.stack - self.origin)[:, : 1 << 14]
 
 
 def _timed(trial: Callable[[], object]) -> float:

@@ -6,14 +6,14 @@ import contextlib
 import resource
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from modelweld.config.methods import Drm, Ties
+from modelweld.config.methods import MethodParameters
 from modelweld.engine.lane import CHUNK as DEVICE_CHUNK
 from modelweld.engine.plan import TensorPlan
 from modelweld.errors import MergeError
-from modelweld.methods import drm
 from modelweld.methods.registry import method
 
 SLACK = 256 * 1024 * 1024
@@ -23,7 +23,8 @@ _CHUNKS = 16 * 1024 * 1024  # a streaming worker's buffers, whatever the tensor
 # in the working dtype (other methods that see a whole tensor: a trimmed copy, the masks).
 _MATRIX_FACTOR = 4.5
 _WHOLE_FACTOR = 3.0
-_OPEN_SHARE = 0.03  # of a model's entries; where one model's is, all models' are held
+
+WorkingBytes = Callable[[Any, int, int, int], int]
 
 
 def working_bytes(tensor: TensorPlan, experts: int, device: str = "cpu") -> int:
@@ -32,30 +33,31 @@ def working_bytes(tensor: TensorPlan, experts: int, device: str = "cpu") -> int:
         if device != "cpu":
             # Two sets of chunks of all models, and of results, are on their way.
             return _CHUNKS + 2 * DEVICE_CHUNK * tensor.work_dtype.itemsize * (experts + 2)
-        # Between two passes TIES holds the entries near the models' thresholds.
-        held = min(1.0, _OPEN_SHARE * experts) if isinstance(tensor.parameters, Ties) else 0.0
+        # What a statistics pass holds is a share of a model's entries; where one model's is, all models' are held.
+        passed = method(tensor.parameters.method).statistics if tensor.parameters else None
+        held = min(1.0, passed.held_share * experts) if passed else 0.0
         return _CHUNKS + int(tensor.elements * tensor.work_dtype.itemsize * experts * held)
     if tensor.route == "factors":
         # The factors are small beside the delta, the base and the sum of both, in float64.
         shape = (tensor.whole or tensor).shape
         return _CHUNKS + int(4 * 8 * shape[0] * shape[1])
-    if isinstance(tensor.parameters, Drm):
-        return _drm_bytes(tensor, tensor.parameters, experts)
-    if method(tensor.parameters.method).whole_matrix:
+    chosen = method(tensor.parameters.method)
+    if chosen.working_bytes is not None:
+        return _declared_bytes(chosen.working_bytes, tensor, tensor.parameters, experts)
+    if chosen.whole_matrix:
         square = min(tensor.shape[-2:]) ** 2 if len(tensor.shape) >= 2 else 0
         return int(tensor.elements * 8 * experts * _MATRIX_FACTOR) + 3 * 8 * square + tensor.elements * 12
     return int(tensor.elements * tensor.work_dtype.itemsize * (experts * _WHOLE_FACTOR + 2))
 
 
-def _drm_bytes(tensor: TensorPlan, parameters: Drm, experts: int) -> int:
+def _declared_bytes(declared: WorkingBytes, tensor: TensorPlan, parameters: MethodParameters, experts: int) -> int:
+    """What a method says that it takes, beside the experts' stack, the base and the result, which the engine holds."""
     rows, columns = tensor.shape[0], tensor.elements // tensor.shape[0]
     n, m = (columns, rows) if tensor.transposed else (rows, columns)
-    # A packed weight's projections may each go another way.
-    either = parameters.direction == "auto" and tensor.packing
-    directions = ("horizontal", "vertical") if either else (parameters.direction,)
-    working = max(drm.working_bytes(experts, n, m, direction=direction) for direction in directions)
+    # The projections of a packed weight are merged one after the other.
+    heights = [size * tensor.packing.groups for size in tensor.packing.sizes] if tensor.packing else [n]
+    working = max(declared(parameters, experts, height, m) for height in heights)
     stacks = 2 if tensor.transposed or tensor.packing else 1  # as it was read, and upright
-    # Beside them the base's weight, and the result in the order in which it is written.
     return working + tensor.elements * (tensor.work_dtype.itemsize * (stacks * experts + 1) + 8)
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.figures import joined
+from modelweld.engine.figures import combine
 from modelweld.engine.roles import Packing
+from modelweld.methods.method import Method, TensorContext
 from modelweld.methods.numerics.operands import Weights
-from modelweld.methods.registry import Method, TensorContext
 
 if TYPE_CHECKING:
     from modelweld.engine.plan import TensorPlan
 
 
 def merge_packed(
-    chosen: Method,
+    chosen: Method[Any],
     parameters: MethodParameters,
     stack: Tensor,
     tensor: TensorPlan,
@@ -31,13 +31,13 @@ def merge_packed(
         return chosen.merge(stack, parameters, weights, context=context)
     upright = stack.mT if tensor.transposed else stack  # (N, out, in)
     parts = unpack(upright, tensor.packing) if tensor.packing else [upright]
-    merged, notes = [], []
+    merged, diagnostics = [], []
     for number, part in enumerate(parts):
         name = f"{context.name}[{number}]" if tensor.packing else context.name
-        own = dataclasses.replace(context, name=name, notes={})
+        own = dataclasses.replace(context, name=name, diagnostics={})
         merged.append(chosen.merge(part.contiguous(), parameters, weights, context=own))
-        notes.append((part[0].numel(), own.notes))
-    context.notes.update(joined(notes))
+        diagnostics.append((part[0].numel(), own.diagnostics))
+    context.diagnostics.update(combine(diagnostics))
     whole = pack(merged, tensor.packing) if tensor.packing else merged[0]  # (out, in)
     return (whole.mT if tensor.transposed else whole).contiguous()
 

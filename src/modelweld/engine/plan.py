@@ -19,13 +19,14 @@ from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.checkpoints.shards import Layout, lay_out
 from modelweld.config import Recipe
-from modelweld.config.methods import MethodParameters, ModelStock, Slerp, Ties
+from modelweld.config.methods import MethodParameters
 from modelweld.engine.adapters import Route, bytes_read, kept_as_adapter, ranks_of, route_of
 from modelweld.engine.inputs import Expert, Inputs, identity, task_of
 from modelweld.engine.roles import MERGEABLE, Packing, Role, packing_of, role_of
 from modelweld.engine.rules import decide
 from modelweld.errors import CheckpointError, ConfigError, MergeError
-from modelweld.methods.registry import TensorContext, method
+from modelweld.methods.method import TensorContext
+from modelweld.methods.registry import method
 
 SIDE_FILES = (
     "config.json",
@@ -45,8 +46,6 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-# Methods that depend on a whole tensor through a few numbers: one pass finds these, and then any chunk can be merged.
-SURVEYED = (Ties, Slerp, ModelStock)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -101,12 +100,13 @@ class TensorPlan:
         """Whether the tensor is worked on in cache-sized chunks rather than as a whole."""
         if self.parameters is None:
             return True
-        known = isinstance(self.parameters, SURVEYED) or method(self.parameters.method).elementwise
-        return self.route == "dense" and known
+        chosen = method(self.parameters.method)
+        return self.route == "dense" and (chosen.elementwise or chosen.statistics is not None)
 
     def streamed_on(self, device: str) -> bool:
         """As `streamed`, on a device of this kind: accelerators look at whole tensors without a wait for the host."""
-        return self.streamed and (device == "cpu" or not isinstance(self.parameters, SURVEYED))
+        two_pass = self.parameters is not None and method(self.parameters.method).statistics is not None
+        return self.streamed and (device == "cpu" or not two_pass)
 
     def document(self) -> dict[str, Any]:
         """This entry for machines: `plan --json`, the manifest."""
@@ -371,7 +371,7 @@ def _try_methods(tensors: list[TensorPlan], inputs: Inputs) -> None:
     for parameters in dict.fromkeys(tensor.parameters for tensor in tensors if tensor.parameters):
         shape = (2, 2) if method(parameters.method).whole_matrix else (4,)
         digests = tuple(expert.label for expert in inputs.experts)
-        context = TensorContext(f"method {parameters.method}", digests, digests, torch.ones(shape))
+        context = TensorContext(f"method {parameters.method}", digests, digests)
         try:
             method(parameters.method).merge(
                 torch.ones(len(inputs.experts), *shape), parameters, inputs.weights, context=context

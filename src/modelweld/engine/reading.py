@@ -18,6 +18,8 @@ from modelweld.engine.plan import TensorPlan, dtype_name
 from modelweld.errors import CheckpointError
 
 BASE = "base"
+SAMPLE_BLOCKS = 64
+SAMPLE_BLOCK = 1024
 _READ = 1 << 22  # bytes of one read of a whole tensor
 
 Hashers = Mapping[str, blake3]
@@ -92,7 +94,7 @@ class Reader:
                 require_finite(origin, tensor.name, BASE, base, tensor.name)
         for row, expert, stored in zip(stack, experts, tensor.stored, strict=True):
             row.copy_(self.read(expert.checkpoint, stored, start, count, hashers[expert.label] if hashers else None))
-        # A sum is the cheapest look; it may overflow where no entry is infinite, so its word is checked.
+        # Summing is the cheapest check, but it can overflow on finite input, so a non-finite sum is verified.
         if check and not math.isfinite(float(stack.sum())):
             for row, expert, stored in zip(stack, experts, tensor.stored, strict=True):
                 require_finite(row, tensor.name, expert.label, expert.checkpoint, stored)
@@ -129,6 +131,14 @@ class Reader:
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = self._lane.room(size, dtype=dtype)
         return self._buffers[key][: rows * count].view(rows, count)  # (rows, count)
+
+
+def sample_starts(elements: int) -> list[int]:
+    """Where the blocks of a sample of about 64 K entries begin, spread evenly."""
+    if elements <= SAMPLE_BLOCKS * SAMPLE_BLOCK:
+        return list(range(0, elements, SAMPLE_BLOCK))
+    last = elements - SAMPLE_BLOCK
+    return [round(number * last / (SAMPLE_BLOCKS - 1)) for number in range(SAMPLE_BLOCKS)]
 
 
 def require_finite(values: Tensor, name: str, label: str, source: Checkpoint, stored: str) -> None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from modelweld.checkpoints import TensorInfo
 from modelweld.config import Recipe, Selector
 from modelweld.config.methods import Average, Linear, MethodParameters, Ties
 from modelweld.engine.roles import Role, layer_of
 from modelweld.errors import ConfigError
-from modelweld.methods.registry import Method, method
+from modelweld.methods.method import Method
+from modelweld.methods.registry import method
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -37,6 +38,7 @@ def decide(recipe: Recipe, info: TensorInfo, role: Role) -> Decision:
 
     Raises ConfigError when a rule gives a tensor to a method that cannot take it.
     """
+    empty = Decision("copy", None, "it holds no numbers") if 0 in info.shape else None
     for number, rule in enumerate(recipe.rules, 1):
         if _matches(rule.match, info):
             because = f"rule {number}"
@@ -44,9 +46,13 @@ def decide(recipe: Recipe, info: TensorInfo, role: Role) -> Decision:
                 return Decision("skip", None, because)
             if rule.use == "base":
                 return Decision("copy", None, because)
+            if empty is not None:
+                return empty
             parameters: MethodParameters = rule.use
             _can_take(method(parameters.method), info, role, because)
             return Decision("merge", parameters, because)
+    if empty is not None:
+        return empty
     if role == "integer":
         return Decision("copy", None, f"{str(info.dtype).removeprefix('torch.')} is never averaged")
     if role == "buffer" and recipe.alignment is not None and info.name.endswith(STATISTICS):
@@ -64,7 +70,7 @@ def decide(recipe: Recipe, info: TensorInfo, role: Role) -> Decision:
     return Decision("merge", main, f"{role}: the recipe's method")
 
 
-def _can_take(chosen: Method, info: TensorInfo, role: Role, because: str) -> None:
+def _can_take(chosen: Method[Any], info: TensorInfo, role: Role, because: str) -> None:
     if role == "integer":
         raise ConfigError(
             f"{because} gives {info.name} to {chosen.name}, but {info.dtype} cannot be merged",

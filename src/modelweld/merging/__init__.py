@@ -3,43 +3,43 @@
     from modelweld.merging import drm
     merged = drm.merge(deltas, direction="horizontal", drop_rate=0.8)  # deltas (N, n, m)
 
-The modules are those of `modelweld.methods`; this name is the one that stays.
+The modules are those of `modelweld.methods`, one per method, and open on first use.
 """
 
-from modelweld.methods import (
-    LowRank,
-    average,
-    breadcrumbs,
-    dare,
-    della,
-    drm,
-    iso_c,
-    iso_cts,
-    knots,
-    linear,
-    model_stock,
-    pcb,
-    slerp,
-    task_arithmetic,
-    ties,
-    tsv_m,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "LowRank",
-    "average",
-    "breadcrumbs",
-    "dare",
-    "della",
-    "drm",
-    "iso_c",
-    "iso_cts",
-    "knots",
-    "linear",
-    "model_stock",
-    "pcb",
-    "slerp",
-    "task_arithmetic",
-    "ties",
-    "tsv_m",
-]
+from modelweld.config.methods import METHODS
+
+if TYPE_CHECKING:
+    from modelweld.methods import average as average
+    from modelweld.methods import breadcrumbs as breadcrumbs
+    from modelweld.methods import dare as dare
+    from modelweld.methods import della as della
+    from modelweld.methods import drm as drm
+    from modelweld.methods import iso_c as iso_c
+    from modelweld.methods import iso_cts as iso_cts
+    from modelweld.methods import knots as knots
+    from modelweld.methods import linear as linear
+    from modelweld.methods import model_stock as model_stock
+    from modelweld.methods import mudsc as mudsc
+    from modelweld.methods import pcb as pcb
+    from modelweld.methods import slerp as slerp
+    from modelweld.methods import task_arithmetic as task_arithmetic
+    from modelweld.methods import ties as ties
+    from modelweld.methods import tsv_m as tsv_m
+    from modelweld.methods.numerics.low_rank import LowRank as LowRank
+
+_METHODS = tuple(kind.model_fields["method"].default for kind in METHODS)
+
+__all__ = ["LowRank", *_METHODS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _METHODS:
+        return import_module(f"modelweld.methods.{name}")
+    if name == "LowRank":
+        from modelweld.methods.numerics.low_rank import LowRank
+
+        return LowRank
+    raise AttributeError(f"module 'modelweld.merging' has no attribute {name!r}")

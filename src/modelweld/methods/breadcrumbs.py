@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import fused
-from modelweld.methods.numerics.operands import Weights, require_finite, shares, stacked
+from modelweld.methods.numerics.operands import Weights, coefficients_or_none, require_finite, stacked
 from modelweld.methods.numerics.selection import kth_smallest
 
 
@@ -21,13 +23,13 @@ def merge(
     gamma: float = 0.01,
     combine: str = "linear",
     weights: Weights | None = None,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """`(*shape)`: Σ c_i D_i of `(N, *shape)`, or TIES' election, over each model's entries between two thresholds.
 
     Of L entries the round(γ L) largest are dropped as outliers, and the smallest until round(density · L) remain;
     entries equal to a threshold stay. float32 (float64 for float64). Raises MergeError when density + gamma exceeds 1.
-    `notes` are those of `elect`; without an election `kept_share` alone.
+    `diagnostics` are those of `elect`; without an election `kept_share` alone.
     """
     deltas = stacked(deltas)
     require_finite(deltas)
@@ -40,8 +42,8 @@ def merge(
     top = max(size - round(gamma * size), 1)  # the rank of the largest entry that stays; at least one does
     bottom = max(top - max(round(density * size), 1) + 1, 1)
     kept = torch.stack([_between(delta, bottom, top) for delta in deltas])
-    c = shares(weights, deltas)
-    return fused(kept, c, elected=combine == "ties", notes=notes)
+    c = coefficients_or_none(weights, deltas)
+    return fused(kept, c, elected=combine == "ties", diagnostics=diagnostics)
 
 
 def _between(delta: Tensor, bottom: int, top: int) -> Tensor:
@@ -51,3 +53,11 @@ def _between(delta: Tensor, bottom: int, top: int) -> Tensor:
     high = kth_smallest(delta, top, magnitudes=True)
     size = delta.abs()
     return delta * ((size >= low) & (size <= high))
+
+
+METHOD = Method(
+    config.Breadcrumbs,
+    merge,
+    summary="drop the largest and the smallest entries, then sum or TIES",
+    source="2312.06795",
+)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import fused
-from modelweld.methods.numerics.operands import Weights, shares, stacked
-from modelweld.methods.numerics.rng import LEVELS, draws, stream_keys
+from modelweld.methods.numerics.operands import Weights, coefficients_or_none, stacked
+from modelweld.methods.numerics.rng import N_LEVELS, draws, stream_keys
 
 
 def merge(
@@ -23,14 +25,14 @@ def merge(
     combine: str = "ties",
     weights: Weights | None = None,
     keys: Sequence[int] | None = None,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """`(*shape)`: TIES' election (or Σ c_i) over `(N, *shape)` after MagPrune; float32 (float64 for float64).
 
     In a row of n entries the one of rank r (0 for the largest magnitude) is dropped with probability
     p_r = p - ε/2 + ε r / n and, kept, divided by 1 - p_r. The ranks are the definition: rows are sorted, tensors of
     one dimension are one row. `keys` are the models' random streams. Raises MergeError when p ± ε/2 leaves [0, 1).
-    `notes` are those of `elect`; without an election `kept_share` alone.
+    `diagnostics` are those of `elect`; without an election `kept_share` alone.
     """
     deltas = stacked(deltas)
     keys = stream_keys(0, "", [str(index) for index in range(deltas.shape[0])]) if keys is None else keys
@@ -45,8 +47,8 @@ def merge(
     kept = torch.stack(
         [_magprune(delta, first, epsilon, rescale, key) for delta, key in zip(deltas, keys, strict=True)]
     )
-    c = shares(weights, deltas)
-    return fused(kept, c, elected=combine == "ties", notes=notes)
+    c = coefficients_or_none(weights, deltas)
+    return fused(kept, c, elected=combine == "ties", diagnostics=diagnostics)
 
 
 def _magprune(delta: Tensor, first: float, epsilon: float, rescale: bool, key: int) -> Tensor:
@@ -58,5 +60,13 @@ def _magprune(delta: Tensor, first: float, epsilon: float, rescale: bool, key: i
     ranks = torch.empty_like(order).scatter_(1, order, places)
     dropped = ranks.to(rows.dtype) * (epsilon / rows.shape[1]) + first
     chance = draws(key, 0, rows.numel(), rows.device).view_as(rows)
-    kept = rows * (chance >= dropped * LEVELS - LEVELS // 2)
+    kept = rows * (chance >= dropped * N_LEVELS - N_LEVELS // 2)
     return (kept / (1 - dropped) if rescale else kept).view_as(delta)
+
+
+METHOD = Method(
+    config.Della,
+    merge,
+    summary="drop at random, small entries likelier, then TIES or the sum",
+    source="2406.11617",
+)

@@ -9,20 +9,23 @@ drop rate nor on the weights; `merge_low_rank` stays in the factors of LoRA adap
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
+from modelweld.methods.method import Method
 from modelweld.methods.numerics import kernels
-from modelweld.methods.numerics.election import blocks, elect_overwriting
+from modelweld.methods.numerics.election import blocks, elect_
 from modelweld.methods.numerics.low_rank import LowRank, require_finite_factors
-from modelweld.methods.numerics.operands import Weights, require_finite, shares, stacked
+from modelweld.methods.numerics.operands import Weights, coefficients_or_none, require_finite, stacked
 from modelweld.methods.numerics.selection import nonzeros, pruned, quota_threshold
 from modelweld.methods.numerics.spectrum import JointProjection, joint_projection
+from modelweld.methods.numerics.work import Work, joint_basis_work, joint_factor_work
 
 RANK_TOLERANCE = 1e-2
 _NOISE = 1e-6  # a model's share of a singular direction below which only rounding has put it there
@@ -55,14 +58,23 @@ def merge(
     weights: Weights | None = None,
     rank_tolerance: float = RANK_TOLERANCE,
     disjoint_mean: bool = True,
+    diagnostics: MutableMapping[str, Any] | None = None,
+    cache: MutableMapping[Hashable, Any] | None = None,
 ) -> Tensor:
     """The merged task vector `(n, m)` of `(N, n, m)`, in float64; the stack is left as it was.
 
-    Models that did not train this weight (all zero) have no say in it; if none did, the result is zero. Raises
-    MergeError for another shape, an unknown direction, a drop rate outside [0, 1), and values that are not finite.
+    Models that did not train this weight (all zero) do not take part; if none did, the result is zero. `diagnostics`
+    gets the `rank` of the basis, its `direction`, and what `finish` leaves there. With a `cache` of this weight's own
+    the basis is kept for other drop rates and weights. Raises MergeError for another shape, an unknown direction, a
+    drop rate outside [0, 1), and values that are not finite.
     """
-    basis = factorise(deltas, direction=direction, rank_tolerance=rank_tolerance)
-    return finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean)
+    basis = _basis(
+        cache,
+        (direction, rank_tolerance),
+        lambda: factorise(deltas, direction=direction, rank_tolerance=rank_tolerance),
+        diagnostics,
+    )
+    return finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, diagnostics=diagnostics)
 
 
 def merge_low_rank(
@@ -73,10 +85,36 @@ def merge_low_rank(
     weights: Weights | None = None,
     rank_tolerance: float = RANK_TOLERANCE,
     disjoint_mean: bool = True,
+    diagnostics: MutableMapping[str, Any] | None = None,
+    cache: MutableMapping[Hashable, Any] | None = None,
 ) -> LowRank:
     """The merged task vector as float64 factors, equal to `merge` of the dense ones but never as large as they are."""
-    basis = factorise_low_rank(factors, direction=direction, rank_tolerance=rank_tolerance)
-    return finish_low_rank(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean)
+    basis = _basis(
+        cache,
+        (direction, rank_tolerance),
+        lambda: factorise_low_rank(factors, direction=direction, rank_tolerance=rank_tolerance),
+        diagnostics,
+    )
+    return finish_low_rank(
+        basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, diagnostics=diagnostics
+    )
+
+
+def _basis(
+    cache: MutableMapping[Hashable, Any] | None,
+    key: Hashable,
+    factorise: Callable[[], DrmBasis],
+    diagnostics: MutableMapping[str, Any] | None,
+) -> DrmBasis:
+    """The basis, which depends on neither drop rate nor weights, from an earlier merge of this weight if there was."""
+    basis: DrmBasis | None = None if cache is None else cache.get(key)
+    if basis is None:
+        basis = factorise()
+        if cache is not None:
+            cache[key] = basis
+    if diagnostics is not None:
+        diagnostics.update(rank=basis.rank, direction="vertical" if basis.vertical else "horizontal")
+    return basis
 
 
 def resolved_direction(direction: str, n: int, m: int) -> str:
@@ -141,14 +179,14 @@ def finish(
     drop_rate: float = 0.8,
     weights: Weights | None = None,
     disjoint_mean: bool = True,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """The merged task vector `(n, m)` for one drop rate and one set of weights; the basis is left as it was.
 
-    In `notes` it leaves two shares, 0-d and not waited for: `kept_share`, of the entries that pruning keeps, and
+    `diagnostics` gets two shares, 0-d and not waited for: `kept_share`, of the entries that pruning keeps, and
     `sign_conflicts`, of these that the election then discards.
     """
-    merged = basis.basis @ _merged_rows(basis, drop_rate, weights, disjoint_mean, notes)
+    merged = basis.basis @ _merged_rows(basis, drop_rate, weights, disjoint_mean, diagnostics)
     return merged.mT if basis.vertical else merged
 
 
@@ -158,10 +196,10 @@ def finish_low_rank(
     drop_rate: float = 0.8,
     weights: Weights | None = None,
     disjoint_mean: bool = True,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> LowRank:
     """As `finish`, leaving the merged task vector in factors of the basis's rank."""
-    merged = LowRank(basis.basis, _merged_rows(basis, drop_rate, weights, disjoint_mean, notes))
+    merged = LowRank(basis.basis, _merged_rows(basis, drop_rate, weights, disjoint_mean, diagnostics))
     return merged.transposed if basis.vertical else merged
 
 
@@ -192,23 +230,23 @@ def _merged_rows(
     drop_rate: float,
     weights: Weights | None,
     disjoint_mean: bool,
-    notes: MutableMapping[str, Any] | None,
+    diagnostics: MutableMapping[str, Any] | None,
 ) -> Tensor:
     """Steps 2 and 3 of the paper: (r, m) rows in the joint basis."""
     if not 0 <= drop_rate < 1:
         raise MergeError(f"drop_rate is {drop_rate}", hint="give a share from 0 to below 1")
     directions = basis.directions
     _, r, m = directions.shape
-    c = shares(weights, directions)
+    c = coefficients_or_none(weights, directions)
     quota = basis.active.sum() * basis.rank * m  # L = N·r·m
     threshold = quota_threshold(directions, quota, 1 - drop_rate)
     divisor = None if disjoint_mean else basis.active.sum().clamp(min=1)
     merged = torch.empty(r, m, dtype=directions.dtype, device=directions.device)
     elect_rows = _elect_in_host_memory if merged.device.type == "cpu" else _elect_on_device
     kept, agreeing = elect_rows(basis, threshold, c, divisor, merged)
-    if notes is not None:
-        notes["kept_share"] = kept.double() / quota.clamp(min=1)
-        notes["sign_conflicts"] = (kept - agreeing) / kept.clamp(min=1)
+    if diagnostics is not None:
+        diagnostics["kept_share"] = kept.double() / quota.clamp(min=1)
+        diagnostics["sign_conflicts"] = (kept - agreeing) / kept.clamp(min=1)
     return merged
 
 
@@ -236,5 +274,35 @@ def _elect_on_device(
     kept = nonzeros(entries)
     agreeing = merged.new_zeros(())
     entries.mul_(basis.strengths.unsqueeze(2))
-    elect_overwriting(entries, c, divisor=divisor, out=merged, agreeing=agreeing)
+    elect_(entries, c, divisor=divisor, out=merged, agreeing=agreeing)
     return kept, agreeing
+
+
+def _sides(parameters: config.Drm, n: int, m: int) -> tuple[int, int]:
+    """(n, m) of the horizontal problem: n rows have the joint basis."""
+    return (n, m) if resolved_direction(parameters.direction, n, m) == "horizontal" else (m, n)
+
+
+def _working_bytes(parameters: config.Drm, models: int, n: int, m: int) -> int:
+    return working_bytes(models, n, m, direction=parameters.direction)
+
+
+def _matrix_work(parameters: config.Drm, models: int, n: int, m: int) -> Work:
+    return joint_basis_work(models, *_sides(parameters, n, m))
+
+
+def _factor_work(parameters: config.Drm, models: int, rank: int, n: int, m: int) -> Work:
+    return joint_factor_work(models, rank, *_sides(parameters, n, m))
+
+
+METHOD = Method(
+    config.Drm,
+    merge,
+    summary="prune and merge in the renormalised joint singular basis, horizontal or vertical",
+    source="2505.23117",
+    shape="matrix",
+    low_rank=merge_low_rank,
+    working_bytes=_working_bytes,
+    matrix_work=_matrix_work,
+    factor_work=_factor_work,
+)

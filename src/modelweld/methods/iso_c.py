@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import weighted_sum
-from modelweld.methods.numerics.operands import Weights, require_finite, shares, stacked
+from modelweld.methods.numerics.operands import Weights, coefficients_or_none, require_finite, stacked
 from modelweld.methods.numerics.spectrum import thin_svd
 
 
@@ -18,10 +20,19 @@ def merge(deltas: Tensor, *, weights: Weights | None = None) -> Tensor:
     """
     deltas = stacked(deltas, dtype=torch.float64, matrices=True)
     require_finite(deltas)
-    left, sigma, right = thin_svd(weighted_sum(deltas, shares(weights, deltas)))
+    left, sigma, right = thin_svd(weighted_sum(deltas, coefficients_or_none(weights, deltas)))
     return (left * mean_singular_value(sigma)) @ right
 
 
 def mean_singular_value(sigma: Tensor) -> Tensor:
     """The mean of the singular values that are not zero; 0 when all are."""
     return sigma.sum() / (sigma > 0).sum().clamp(min=1)
+
+
+METHOD = Method(
+    config.IsoC,
+    merge,
+    summary="the sum of the task vectors with a flat spectrum",
+    source="2502.04959",
+    shape="matrix",
+)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
 from modelweld.methods.iso_c import mean_singular_value
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import summed
 from modelweld.methods.numerics.operands import Weights, coefficients, require_finite, stacked
 from modelweld.methods.numerics.spectrum import orthogonalised, thin_svd
@@ -38,3 +40,12 @@ def merge(deltas: Tensor, *, common_share: float = 0.8, weights: Weights | None 
         rights.append(vt[:specific].mT)
     flat = mean_singular_value(torch.cat(sigmas))
     return (orthogonalised(torch.cat(lefts, dim=1)) * flat) @ orthogonalised(torch.cat(rights, dim=1)).mT
+
+
+METHOD = Method(
+    config.IsoCts,
+    merge,
+    summary="`iso_c` whose weakest directions are replaced by task-specific ones",
+    source="2502.04959",
+    shape="matrix",
+)

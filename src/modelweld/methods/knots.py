@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
 from modelweld.methods.drm import shared_columns
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import elect, weighted_sum
 from modelweld.methods.numerics.low_rank import LowRank
-from modelweld.methods.numerics.operands import Weights, require_finite, shares, stacked
+from modelweld.methods.numerics.operands import Weights, coefficients_or_none, require_finite, stacked
 from modelweld.methods.numerics.selection import quota_threshold
 from modelweld.methods.numerics.spectrum import JointProjection, joint_projection
 
@@ -26,18 +28,18 @@ def merge(
     density: float = 0.3,
     weights: Weights | None = None,
     rank_tolerance: float = RANK_TOLERANCE,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """The merged task vector `(n, m)` of `(N, n, m)`, in float64: U Σ · merged(V_iᵀ) for [D_1 | … | D_N] = U Σ Vᵀ.
 
     The V_iᵀ are merged by TIES (each trimmed to `density` over all its entries) or summed. Singular values below
-    `rank_tolerance` of the largest are left out. In `notes` it leaves the `rank`, under TIES those of `elect` too.
-    Raises MergeError for another shape and values that are not finite.
+    `rank_tolerance` of the largest are left out. `diagnostics` gets the `rank`, under TIES those of `elect` too. Raises
+    MergeError for another shape and values that are not finite.
     """
     deltas = stacked(deltas, dtype=deltas.dtype, matrices=True)
     require_finite(deltas)
     found = joint_projection(deltas, rank_tolerance)
-    return found.basis @ _merged_rows(found, combine, density, weights, notes)
+    return found.basis @ _merged_rows(found, combine, density, weights, diagnostics)
 
 
 def merge_low_rank(
@@ -47,12 +49,12 @@ def merge_low_rank(
     density: float = 0.3,
     weights: Weights | None = None,
     rank_tolerance: float = RANK_TOLERANCE,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> LowRank:
     """As `merge` of the dense matrices, in and out as factors."""
     columns, cores = shared_columns(factors)
     found = joint_projection(cores, rank_tolerance)
-    return LowRank(columns @ found.basis, _merged_rows(found, combine, density, weights, notes))
+    return LowRank(columns @ found.basis, _merged_rows(found, combine, density, weights, diagnostics))
 
 
 def _merged_rows(
@@ -60,21 +62,31 @@ def _merged_rows(
     combine: str,
     density: float,
     weights: Weights | None,
-    notes: MutableMapping[str, Any] | None,
+    diagnostics: MutableMapping[str, Any] | None,
 ) -> Tensor:
     if combine not in ("linear", "ties") or not 0 < density <= 1:
         raise MergeError(f"combine {combine!r}, density {density}", hint="linear or ties; a share above 0")
-    if notes is not None:
-        notes["rank"] = found.rank
+    if diagnostics is not None:
+        diagnostics["rank"] = found.rank
     sigma = found.singular[:, None]  # (r, 1)
-    c = shares(weights, found.projections)
+    c = coefficients_or_none(weights, found.projections)
     if combine == "linear":
         return weighted_sum(found.projections, c)
     right = found.projections / torch.where(sigma > 0, sigma, 1)  # V_iᵀ, (N, r, m)
     quota = found.rank * right.shape[2]
     thresholds = torch.stack([quota_threshold(rows, quota, density) for rows in right])
-    merged = elect(right, c, thresholds=thresholds, notes=notes) * sigma
-    if notes is not None:
+    merged = elect(right, c, thresholds=thresholds, diagnostics=diagnostics) * sigma
+    if diagnostics is not None:
         # Off the CPU the rows beyond the rank are there, and zero.
-        notes["kept_share"] = notes["kept_share"] * (len(sigma) / found.rank.clamp(min=1))
+        diagnostics["kept_share"] = diagnostics["kept_share"] * (len(sigma) / found.rank.clamp(min=1))
     return merged
+
+
+METHOD = Method(
+    config.Knots,
+    merge,
+    summary="TIES or the sum in the joint singular basis",
+    source="2410.19735",
+    shape="matrix",
+    low_rank=merge_low_rank,
+)

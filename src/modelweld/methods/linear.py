@@ -7,10 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import weighted_sum
 from modelweld.methods.numerics.low_rank import LowRank
-from modelweld.methods.numerics.operands import Weights, coefficients, shares, stacked
+from modelweld.methods.numerics.operands import (
+    Weights,
+    coefficients,
+    coefficients_or_none,
+    normalized,
+    stacked,
+)
+from modelweld.methods.streaming import Kernel, KernelInputs, weighted_sum_kernel
+
+_OTHERWISE = "set `normalize: false`"
 
 
 def merge(stack: Tensor, *, weights: Weights | None = None, normalize: bool = True) -> Tensor:
@@ -20,8 +31,8 @@ def merge(stack: Tensor, *, weights: Weights | None = None, normalize: bool = Tr
     """
     stack = stacked(stack)
     if not normalize:
-        return weighted_sum(stack, shares(weights, stack))
-    return weighted_sum(stack, normalized(coefficients(weights, stack), weights))
+        return weighted_sum(stack, coefficients_or_none(weights, stack))
+    return weighted_sum(stack, normalized(coefficients(weights, stack), weights, otherwise=_OTHERWISE))
 
 
 def merge_low_rank(factors: Sequence[LowRank], *, weights: Weights | None = None, normalize: bool = True) -> LowRank:
@@ -32,7 +43,7 @@ def merge_low_rank(factors: Sequence[LowRank], *, weights: Weights | None = None
     if not normalize:
         raise MergeError("unnormalised `linear` scales the base", hint="use `task_arithmetic`, or merge densely")
     c = factor_coefficients(weights, factors)
-    return stacked_factors(factors, normalized(c, weights))
+    return stacked_factors(factors, normalized(c, weights, otherwise=_OTHERWISE))
 
 
 def stacked_factors(factors: Sequence[LowRank], c: Tensor) -> LowRank:
@@ -48,10 +59,19 @@ def factor_coefficients(weights: Weights | None, factors: Sequence[LowRank]) -> 
     return coefficients(weights, torch.empty(len(factors), dtype=torch.float64, device=factors[0].B.device))
 
 
-def normalized(c: Tensor, weights: Weights | None) -> Tensor:
-    """Coefficients that sum to one; raises MergeError when the weights they come from cancel."""
-    numbers = weights.tolist() if isinstance(weights, Tensor) and weights.device.type == "cpu" else weights
-    # Weights on a device are not looked at: that would wait for the device.
-    if numbers is not None and not isinstance(numbers, Tensor) and abs(sum(numbers)) <= 1e-12 * sum(map(abs, numbers)):
-        raise MergeError("the weights sum to zero", hint="change a weight, or set `normalize: false`")
-    return c / c.sum()
+def _kernel(parameters: config.Linear, given: KernelInputs) -> Kernel:
+    c = given.coefficients
+    return weighted_sum_kernel(normalized(c, given.weights, otherwise=_OTHERWISE) if parameters.normalize else c)
+
+
+METHOD = Method(
+    config.Linear,
+    merge,
+    summary="weighted mean of the weights, or without `normalize` their weighted sum",
+    source="2203.05482",
+    space="weight",
+    shape="elementwise",
+    idempotent=lambda parameters: parameters.normalize,
+    low_rank=merge_low_rank,
+    host_kernel=_kernel,
+)

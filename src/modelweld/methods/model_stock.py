@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import weighted_sum
 from modelweld.methods.numerics.operands import gram, stacked
+from modelweld.methods.streaming import (
+    InnerProducts,
+    Kernel,
+    KernelInputs,
+    StatisticsPass,
+    inner_products,
+    weighted_sum_kernel,
+)
 
 
 def merge(deltas: Tensor) -> Tensor:
@@ -16,10 +26,10 @@ def merge(deltas: Tensor) -> Tensor:
     that t stays within [0, 1]. float32 (float64 for float64). Raises MergeError for fewer than two models.
     """
     deltas = stacked(deltas)
-    return weighted_sum(deltas, shares(gram(deltas)).to(deltas.dtype))
+    return weighted_sum(deltas, stock_coefficients(gram(deltas)).to(deltas.dtype))
 
 
-def shares(products: Tensor) -> Tensor:
+def stock_coefficients(products: Tensor) -> Tensor:
     """`(N,)`: t / N for each model, from the inner products `(N, N)` of the deltas, in float64."""
     count = products.shape[0]
     if count < 2:
@@ -29,3 +39,19 @@ def shares(products: Tensor) -> Tensor:
     cosines = (products / scale.where(scale > 0, 1)).triu(diagonal=1)
     cosine = (cosines.sum() / (count * (count - 1) / 2)).clamp(0, 1)
     return (cosine / (1 + (count - 1) * cosine)).expand(count)
+
+
+def _kernel(parameters: config.ModelStock, given: KernelInputs) -> Kernel:
+    known: InnerProducts = given.statistics
+    return weighted_sum_kernel(stock_coefficients(known.products).to(given.coefficients.dtype))
+
+
+METHOD = Method(
+    config.ModelStock,
+    merge,
+    summary="the mean, drawn to the base by the angle between task vectors",
+    source="2403.19522",
+    models=(2, None),
+    statistics=StatisticsPass(inner_products),
+    host_kernel=_kernel,
+)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modelweld.config import methods as config
 from modelweld.errors import MergeError
+from modelweld.methods.method import Method
 from modelweld.methods.numerics.election import weighted_sum
-from modelweld.methods.numerics.operands import Weights, require_finite, shares, stacked
+from modelweld.methods.numerics.operands import Weights, coefficients_or_none, require_finite, stacked
 from modelweld.methods.numerics.selection import kth_smallest
 
 _OUTLIERS = 1e-4  # share of the magnitudes that is pulled in, at either end
@@ -38,7 +40,7 @@ def merge(deltas: Tensor, *, density: float = 0.1, weights: Weights | None = Non
             for inside, delta in zip(clamped, deltas, strict=True)
         ]
     )
-    merged = weighted_sum(clamped.mul_(scales), shares(weights, deltas))
+    merged = weighted_sum(clamped.mul_(scales), coefficients_or_none(weights, deltas))
     return merged.div_(scales.sum(dim=0).clamp_(min=1e-12))
 
 
@@ -60,3 +62,11 @@ def _scale(magnitude: Tensor, agreement: Tensor, count: int, density: float) -> 
 def _unit(values: Tensor, low: Tensor) -> Tensor:
     span = values.max() - low
     return (values - low) / torch.where(span > 0, span, 1)
+
+
+METHOD = Method(
+    config.Pcb,
+    merge,
+    summary="entries weighted by their competition within and across tasks",
+    source="2410.02396",
+)

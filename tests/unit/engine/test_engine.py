@@ -26,7 +26,8 @@ from modelweld.engine.roles import Packing, packing_of
 from modelweld.errors import CheckpointError, ConfigError, DiskFull, ExternalError, InputError, MergeError
 from modelweld.lineage import manifest
 from modelweld.methods import drm, ties
-from modelweld.methods.registry import TensorContext, methods
+from modelweld.methods.method import TensorContext
+from modelweld.methods.registry import methods
 from modelweld.stages.merge import merge
 from modelweld.stages.plan import plan
 from tests.support.families import (
@@ -81,14 +82,14 @@ def test_whole_tensor_methods_are_applied_by_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(methods().keys() - {"mudsc"}))
 def test_every_method_runs_and_equals_itself_on_the_stack(tmp_path: Path, name: str) -> None:
     chosen = methods()[name]
-    experts = min(3, chosen.max_models or 3)
+    experts = min(3, chosen.models[1] or 3)
     root = write_family(tmp_path, experts=experts)
     merge(recipe(root, name, experts=experts), tmp_path / "out")
     document = manifest.read(tmp_path / "out")
     tensor = "model.layers.0.mlp.down_proj.weight"
     base, stack = deltas(root, tensor, experts)
     digests = tuple(document["parents"]["experts"][f"e{i}"]["tensors"][tensor] for i in range(experts))
-    context = TensorContext(tensor, digests, digests, base.float())
+    context = TensorContext(tensor, digests, digests)
     operand = stack if chosen.needs_base else stack + base
     expected = chosen.merge(operand.float(), chosen.parameters(), [1.0] * experts, context=context).double()
     result = weights_of(tmp_path / "out")[tensor].double() - (base if chosen.needs_base else 0)

@@ -20,7 +20,8 @@ from modelweld.engine.lane import LEAST, Lane
 from modelweld.engine.memory import working_bytes
 from modelweld.errors import ExternalError
 from modelweld.lineage import manifest
-from modelweld.methods.registry import Method, TensorContext, method
+from modelweld.methods.method import Method, TensorContext
+from modelweld.methods.registry import method
 from modelweld.stages.grid import merge_grid
 from modelweld.stages.merge import merge
 from tests.support.families import recipe, weights_of, write_family

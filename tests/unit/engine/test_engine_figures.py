@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelweld.engine.figures import figures, joined
+from modelweld.engine.figures import combine, to_plain
 from modelweld.lineage import manifest
 from modelweld.methods import drm
 from modelweld.reporting.layers import layer_series
@@ -120,5 +120,5 @@ def test_the_parts_of_a_packed_weight_are_told_together() -> None:
         (300, {"rank": torch.tensor(8), "kept_share": torch.tensor(0.2), "direction": "vertical"}),
         (100, {"rank": torch.tensor(4), "kept_share": torch.tensor(0.6), "direction": "horizontal"}),
     ]
-    assert figures(joined(parts)) == {"rank": 12, "kept_share": 0.3, "direction": "vertical/horizontal"}
-    assert figures(joined([])) == {}
+    assert to_plain(combine(parts)) == {"rank": 12, "kept_share": 0.3, "direction": "vertical/horizontal"}
+    assert to_plain(combine([])) == {}

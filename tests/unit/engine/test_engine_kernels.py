@@ -10,10 +10,13 @@ from torch import Tensor
 
 from modelweld.config.methods import Average, Dare, Linear, MethodParameters, ModelStock, Slerp, TaskArithmetic, Ties
 from modelweld.engine.chunks import in_host_memory
+from modelweld.engine.reading import SAMPLE_BLOCK, sample_starts
+from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.operands import gram
 from modelweld.methods.numerics.selection import magnitude_threshold
-from modelweld.methods.numerics.ties_thresholds import SAMPLE_BLOCK, sample_starts, survey
-from modelweld.methods.registry import TensorContext, method
+from modelweld.methods.numerics.ties_thresholds import ties_statistics
+from modelweld.methods.registry import method
+from modelweld.methods.streaming import InnerProducts
 
 LENGTH = 5000  # more than one piece of a loop, and not a whole number of them
 LABELS = ("a", "b", "c")
@@ -95,7 +98,7 @@ def test_ties_over_chunks_is_ties_of_the_tensor(
     starts = sample_starts(LENGTH)
     sample = torch.cat([(stack - base)[:, start : start + SAMPLE_BLOCK] for start in starts], dim=1)
     # A sample of another scale sends the first brackets astray: the answer must not depend on it.
-    known = survey(chunks, sample * 3 if misled else sample, LENGTH, density)  # type: ignore[arg-type]
+    known = ties_statistics(chunks, sample * 3 if misled else sample, LENGTH, density)  # type: ignore[arg-type]
     merged = in_host_memory(parameters, weights, context(), dtype, known)(stack, base, 0)
     expected = method("ties").merge(stack - base, parameters, weights, context=context())
     assert torch.equal(merged, expected)
@@ -106,7 +109,7 @@ def test_ties_over_chunks_is_ties_of_the_tensor(
     left = sum(int((own != 0).sum()) for own in kept)
     outvoted = sum(int((own * elected < 0).sum()) for own in kept)
     outvoted += sum(int((own != 0)[elected == 0].sum()) for own in kept)
-    notes = known.notes(LENGTH)
+    notes = known.diagnostics(LENGTH)
     assert notes["kept_share"] == left / (3 * LENGTH)
     assert notes["sign_conflicts"] == pytest.approx(outvoted / max(left, 1), abs=1e-12)
 
@@ -121,6 +124,8 @@ def test_what_hangs_on_inner_products_is_streamed(parameters: MethodParameters) 
     products = sum((gram(deltas[:, start : start + 999]) for start in range(0, LENGTH, 999)), torch.zeros(2, 2))
     labelled = TensorContext("layer.weight", (), LABELS[:2], finite=True)
     origin = base if method(parameters.method).needs_base else base[:0]
-    merged = in_host_memory(parameters, [1.0, 1.0], labelled, torch.float32, products.double())(stack, origin, 0)
+    merged = in_host_memory(parameters, [1.0, 1.0], labelled, torch.float32, InnerProducts(products.double()))(
+        stack, origin, 0
+    )
     expected = method(parameters.method).merge(deltas, parameters, [1.0, 1.0], context=labelled)
     assert torch.allclose(merged, expected, rtol=1e-5, atol=1e-6)

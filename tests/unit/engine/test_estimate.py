@@ -10,10 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelweld.engine import build, open_inputs
-from modelweld.engine.estimate import MatrixWork, factor_work, flops, matrix_work
+from modelweld.engine.estimate import factor_work, flops, matrix_work
 from modelweld.engine.plan import TensorPlan
 from modelweld.methods import LowRank
-from modelweld.methods.registry import TensorContext, method
+from modelweld.methods.method import TensorContext
+from modelweld.methods.numerics.work import Work
+from modelweld.methods.registry import method
 from tests.support.families import recipe, write_family
 from tests.support.lora import llama, write_adapter
 
@@ -96,4 +98,4 @@ def test_the_dense_route_is_priced_as_torch_counts_it(tmp_path: Path) -> None:
     work = matrix_work(tensor, 2)
     # The Gram matrix is symmetric, and only its lower blocks are made.
     assert counted <= work.gemm <= 2 * counted
-    assert work + MatrixWork(1.0, 2.0, 3.0) == MatrixWork(work.gemm + 1, work.eigh + 2, work.entries + 3)
+    assert work + Work(1.0, 2.0, 3.0) == Work(work.gemm + 1, work.eigh + 2, work.entries + 3)

@@ -20,8 +20,9 @@ from modelweld.engine.lane import Lane
 from modelweld.engine.packing import merge_packed
 from modelweld.engine.roles import Packing
 from modelweld.methods import LowRank, drm
+from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.selection import _bisected, kth_smallest
-from modelweld.methods.registry import TensorContext, method, methods
+from modelweld.methods.registry import method, methods
 
 CUDA = torch.device("cuda:0")
 
@@ -77,7 +78,7 @@ def test_no_method_waits_for_the_device(
     fake: FakeTensorMode, name: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     with fake:
         deltas = torch.empty(count, *shape, dtype=dtype, device=CUDA)
         for weights in ([1.0] * count, torch.ones(count, device=CUDA)):
@@ -103,7 +104,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_no_option_waits_for_the_device(fake: FakeTensorMode, name: str, options: dict[str, object]) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     with fake:
         deltas = torch.empty(count, 24, 40, device=CUDA)
         parameters = chosen.parameters.model_validate({"method": name, **options})
@@ -155,8 +156,8 @@ def test_no_weight_waits_on_its_way_to_the_device_and_back(
             back = lane.bring(merged)
         assert (back.device.type, back.shape) == ("cpu", (40, 24))
         if name == "drm":
-            assert whole.notes.keys() == {"rank", "direction", "kept_share", "sign_conflicts"}
-            assert all(note.device == CUDA for note in whole.notes.values() if isinstance(note, torch.Tensor))
+            assert whole.diagnostics.keys() == {"rank", "direction", "kept_share", "sign_conflicts"}
+            assert all(note.device == CUDA for note in whole.diagnostics.values() if isinstance(note, torch.Tensor))
 
 
 def test_the_fake_device_does_catch_a_wait(fake: FakeTensorMode) -> None:

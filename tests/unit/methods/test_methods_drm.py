@@ -273,7 +273,7 @@ def test_notes_count_what_is_kept_and_what_loses_the_vote(
 ) -> None:
     basis = drm.factorise(gaussian(13, 3, 20, 30))
     notes: dict[str, Tensor] = {}
-    noted = drm.finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, notes=notes)
+    noted = drm.finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, diagnostics=notes)
     assert torch.equal(noted, drm.finish(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean)), (
         "counting changes nothing"
     )
@@ -286,7 +286,7 @@ def test_notes_count_what_is_kept_and_what_loses_the_vote(
     assert float(notes["kept_share"]) == pytest.approx(kept.sum().item() / size)
     assert float(notes["sign_conflicts"]) == pytest.approx(outvoted.sum().item() / kept.sum().item())
     low_rank: dict[str, Tensor] = {}
-    drm.finish_low_rank(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, notes=low_rank)
+    drm.finish_low_rank(basis, drop_rate=drop_rate, weights=weights, disjoint_mean=disjoint_mean, diagnostics=low_rank)
     assert low_rank == notes
 
 

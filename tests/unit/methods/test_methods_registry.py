@@ -11,7 +11,8 @@ from modelweld.config.methods import METHODS, Breadcrumbs, Della, Linear, Ties
 from modelweld.config.recipe import RECIPE_ADAPTER
 from modelweld.errors import MergeError
 from modelweld.methods import LowRank
-from modelweld.methods.registry import TensorContext, method, methods
+from modelweld.methods.method import TensorContext
+from modelweld.methods.registry import method, methods
 
 CONTEXT = TensorContext("layer.0.weight", expert_digests=("d0", "d1", "d2"), experts=("sst2", "spam", "news"))
 
@@ -35,7 +36,7 @@ def test_every_method_of_the_configuration_is_there_and_no_other() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_every_method_takes_every_float_and_leaves_its_input(name: str, dtype: torch.dtype) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     deltas = stack(count, dtype)
     before = deltas.clone()
     merged = chosen.merge(deltas, chosen.parameters(), [1.0] * count, context=context(count))
@@ -49,7 +50,7 @@ def test_every_method_takes_every_float_and_leaves_its_input(name: str, dtype: t
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_scale_is_applied_once_and_last(name: str) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     weights = torch.ones(count)
     plain = chosen.merge(stack(count), chosen.parameters(), weights, context=context(count))
     scaled = chosen.merge(stack(count), chosen.parameters(scale=2.5), weights, context=context(count))
@@ -78,7 +79,7 @@ def test_elementwise_methods_may_be_applied_chunk_by_chunk(name: str) -> None:
 @pytest.mark.parametrize("shape", [(5,), (1,), (3, 2, 2, 2), (2, 0), ()])
 def test_methods_that_do_not_need_a_matrix_take_any_shape(name: str, shape: tuple[int, ...]) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     merged = chosen.merge(torch.ones(count, *shape), chosen.parameters(), [1.0] * count, context=context(count))
     assert merged.shape == shape
     assert merged.isfinite().all()
@@ -96,7 +97,7 @@ def test_methods_that_need_a_matrix_say_so(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_zero_deltas_merge_to_zero(name: str) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     merged = chosen.merge(torch.zeros(count, 6, 5), chosen.parameters(), [1.0] * count, context=context(count))
     assert not merged.any()
 
@@ -105,7 +106,7 @@ def test_zero_deltas_merge_to_zero(name: str) -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
 def test_values_that_are_not_finite_are_refused_naming_tensor_and_model(name: str, poison: float) -> None:
     chosen = method(name)
-    count = chosen.max_models or 3
+    count = chosen.models[1] or 3
     deltas = stack(count)
     deltas[1, 0, 0] = poison
     with pytest.raises(MergeError, match=r"layer\.0\.weight, spam: holds NaN or infinite"):
@@ -118,11 +119,11 @@ def test_drm_notes_its_rank_and_the_direction_it_took() -> None:
         own = context(3)
         deltas = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
         chosen.merge(deltas, chosen.parameters.model_validate({"direction": "auto"}), [1.0] * 3, context=own)
-        assert own.notes["direction"] == direction
-        assert int(own.notes["rank"]) == 9
+        assert own.diagnostics["direction"] == direction
+        assert int(own.diagnostics["rank"]) == 9
     low = context(3)
     chosen.merge_low_rank(factors(), chosen.parameters(), [1.0] * 3, context=low)
-    assert int(low.notes["rank"]) == 9  # 2 + 3 + 4
+    assert int(low.diagnostics["rank"]) == 9  # 2 + 3 + 4
 
 
 def test_too_few_and_too_many_models() -> None:
@@ -207,7 +208,7 @@ def test_factors_give_what_the_dense_matrices_give(name: str) -> None:
 
 
 def test_a_method_that_cannot_stay_low_rank_says_which_can() -> None:
-    with pytest.raises(MergeError, match=r"ties does not work on low-rank factors\n.*tsv_m"):
+    with pytest.raises(MergeError, match=r"ties does not work on low-rank factors\n.*modelweld methods"):
         method("ties").merge_low_rank(factors(), Ties(), [1.0] * 3, context=CONTEXT)
     with pytest.raises(MergeError, match="scales the base"):
         method("linear").merge_low_rank(factors(), Linear(normalize=False), [1.0] * 3, context=CONTEXT)

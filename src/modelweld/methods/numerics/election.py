@@ -24,13 +24,13 @@ def elect(
     thresholds: Tensor | None = None,
     disjoint_mean: bool = True,
     majority: bool = True,
-    notes: MutableMapping[str, Any] | None = None,
+    diagnostics: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """The merged `(*shape)` of `(N, *shape)`; the stack is left as it was.
 
     `coefficients` `(N,)`, None are ones. With `thresholds` `(N,)` each model's entries of a smaller magnitude count as
     0. Where the models cancel exactly there is no sign to elect: with `majority` such an entry takes the sign that most
-    entries of this tensor elected, as TIES does; without it becomes 0. In `notes` it leaves two shares, 0-d and not
+    entries of this tensor elected, as TIES does; without it becomes 0. `diagnostics` gets two shares, 0-d and not
     waited for: `kept_share`, of the entries that are kept and not 0, and `sign_conflicts`, of these that are discarded.
     """
     count = stack.shape[0]
@@ -46,20 +46,20 @@ def elect(
             votes += summed(pruned(flat[:, start:stop], limit, scratch[:, : stop - start])).sign_().sum()
         vote = votes.sign()
     divisor = None if disjoint_mean else torch.full((), count, dtype=stack.dtype, device=stack.device)
-    agreeing = None if notes is None else stack.new_zeros((), dtype=torch.float64)
+    agreeing = None if diagnostics is None else stack.new_zeros((), dtype=torch.float64)
     left = stack.new_zeros((), dtype=torch.int64)
     for start, stop in ranges:
         kept = pruned(flat[:, start:stop], limit, scratch[:, : stop - start])
-        if notes is not None:
+        if diagnostics is not None:
             left += nonzeros(kept)
-        merged[start:stop] = elect_overwriting(kept, coefficients, divisor=divisor, vote=vote, agreeing=agreeing)
-    if notes is not None and agreeing is not None:
-        notes["kept_share"] = left.double() / max(flat.numel(), 1)
-        notes["sign_conflicts"] = (left - agreeing) / left.clamp(min=1)
+        merged[start:stop] = elect_(kept, coefficients, divisor=divisor, vote=vote, agreeing=agreeing)
+    if diagnostics is not None and agreeing is not None:
+        diagnostics["kept_share"] = left.double() / max(flat.numel(), 1)
+        diagnostics["sign_conflicts"] = (left - agreeing) / left.clamp(min=1)
     return merged.reshape(stack.shape[1:])
 
 
-def elect_overwriting(
+def elect_(
     stack: Tensor,
     coefficients: Tensor | None,
     *,
@@ -88,13 +88,13 @@ def elect_overwriting(
 
 
 def fused(
-    stack: Tensor, coefficients: Tensor | None, *, elected: bool, notes: MutableMapping[str, Any] | None
+    stack: Tensor, coefficients: Tensor | None, *, elected: bool, diagnostics: MutableMapping[str, Any] | None
 ) -> Tensor:
-    """`elect` of the pruned `(N, *shape)`, or without an election Σ c_i X_i, which notes its `kept_share` alone."""
+    """`elect` of the pruned `(N, *shape)`, or Σ c_i X_i, for which `diagnostics` gets the `kept_share` alone."""
     if elected:
-        return elect(stack, coefficients, notes=notes)
-    if notes is not None:
-        notes["kept_share"] = nonzeros(stack).double() / max(stack.numel(), 1)
+        return elect(stack, coefficients, diagnostics=diagnostics)
+    if diagnostics is not None:
+        diagnostics["kept_share"] = nonzeros(stack).double() / max(stack.numel(), 1)
     return weighted_sum(stack, coefficients)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ def coefficients(weights: Weights | None, stack: Tensor) -> Tensor:
     return weights.to(device=stack.device, dtype=stack.dtype, non_blocking=True)
 
 
-def shares(weights: Weights | None, stack: Tensor) -> Tensor | None:
+def coefficients_or_none(weights: Weights | None, stack: Tensor) -> Tensor | None:
     """As `coefficients`, but None when every weight is known to be 1, which spares the multiplications."""
     c = coefficients(weights, stack)
     ones = weights is None or (not isinstance(weights, Tensor) and all(weight == 1 for weight in weights))
@@ -73,3 +74,17 @@ def require_finite(deltas: Tensor, names: Sequence[str] = ()) -> None:
             raise MergeError(
                 "holds NaN or infinite values", where=model, hint="fix or remove this model; merging cannot repair it"
             )
+
+
+def normalized(c: Tensor, weights: Weights | None, *, otherwise: str) -> Tensor:
+    """Coefficients that sum to one; raises MergeError, whose hint names `otherwise`, when the weights cancel.
+
+    `weights` are those that the coefficients come from. On a device they are not looked at, which would wait for it.
+    """
+    numbers = weights.tolist() if isinstance(weights, Tensor) and weights.device.type == "cpu" else weights
+    if numbers is not None and not isinstance(numbers, Tensor):
+        total, size = sum(numbers), sum(map(abs, numbers))
+        if not (math.isfinite(size) and abs(total) > 1e-12 * size):
+            listed = ", ".join(map(str, numbers))
+            raise MergeError(f"the weights sum to zero ({listed})", hint=f"change a weight, or {otherwise}")
+    return c / c.sum()

@@ -12,7 +12,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-LEVELS = 1 << 16  # values a draw can take
+N_LEVELS = 1 << 16  # values a draw can take
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -26,7 +26,7 @@ def stream_keys(seed: int, tensor: str, experts: Sequence[str]) -> list[int]:
 
 
 def draws(key: int, offset: int, length: int, device: torch.device) -> Tensor:
-    """`(length,)` int16, uniform over -LEVELS/2 … LEVELS/2 - 1: the stream from `offset` on."""
+    """`(length,)` int16, uniform over -N_LEVELS/2 … N_LEVELS/2 - 1: the stream from `offset` on."""
     first, last = offset // _LANES, -(-(offset + length) // _LANES)
     state = torch.arange(first + 1, last + 1, dtype=torch.int64, device=device)
     shifted = torch.empty_like(state)

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from modelweld.methods.numerics import kernels
 from modelweld.methods.numerics.kernels import Floats
-from modelweld.methods.registry import Note
 
 Passes = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
-SAMPLE_BLOCKS = 64
-SAMPLE_BLOCK = 1024
-
 
 @dataclass
-class Survey:
+class TiesStatistics:
     """What TIES has to know of a whole tensor: each model's trim threshold `(N,)` and the majority's sign.
 
     `kept` counts, over all models, the entries other than 0 that reach their threshold, `agreeing` those of them that
@@ -42,23 +38,15 @@ class Survey:
         self.kept += nonzero
         self.agreeing += agreeing
 
-    def notes(self, elements: int) -> dict[str, Note]:
-        """As a method notes them: the share of the entries that is kept, and of these the share that is outvoted."""
+    def diagnostics(self, elements: int) -> dict[str, float]:
+        """The share of the entries that is kept, and of these the share that is outvoted."""
         return {
             "kept_share": self.kept / max(elements * len(self.thresholds), 1),
             "sign_conflicts": (self.kept - self.agreeing) / max(self.kept, 1),
         }
 
 
-def sample_starts(elements: int) -> list[int]:
-    """Where the blocks of a sample of about 64 K entries begin, spread evenly."""
-    if elements <= SAMPLE_BLOCKS * SAMPLE_BLOCK:
-        return list(range(0, elements, SAMPLE_BLOCK))
-    last = elements - SAMPLE_BLOCK
-    return [round(number * last / (SAMPLE_BLOCKS - 1)) for number in range(SAMPLE_BLOCKS)]
-
-
-def survey(passes: Passes, sample: Tensor, elements: int, density: float) -> Survey:
+def ties_statistics(passes: Passes, sample: Tensor, elements: int, density: float) -> TiesStatistics:
     """The thresholds, exact as `selection.magnitude_threshold` of the whole tensor, and what most entries elect.
 
     `passes()` yields a tensor's chunks: the experts' `(N, n)` and the base's `(n,)`; `sample` `(N, s)` are task vectors
@@ -76,7 +64,7 @@ def survey(passes: Passes, sample: Tensor, elements: int, density: float) -> Sur
         found = _Pass(magnitudes, share, margin)
         for stack, origin in passes():
             found.take(stack.numpy(), origin.numpy())
-        known = found.survey(rank)
+        known = found.statistics(rank)
         if known is not None:
             return known
         margin *= 8
@@ -110,7 +98,7 @@ class _Pass:
         self._elements += origin.size
         self._unsure.append(self._room[:, :found].copy())
 
-    def survey(self, rank: int) -> Survey | None:
+    def statistics(self, rank: int) -> TiesStatistics | None:
         """What the pass has found; None when a threshold lies outside its bracket."""
         thresholds, kept = self._low.copy(), 0
         for index, (below, reached) in enumerate(self._counts.tolist()):
@@ -122,7 +110,7 @@ class _Pass:
             kept += self._elements - below - less if thresholds[index] > 0 else 0
         # Piece by piece: together the open columns of a large tensor would be as large as a small one.
         votes = self._votes + sum(_votes(piece, thresholds) for piece in self._unsure)
-        return Survey(thresholds, float(np.sign(votes)), kept)
+        return TiesStatistics(thresholds, float(np.sign(votes)), kept)
 
     def _inside(self, index: int, position: int) -> tuple[np.floating[Any], int]:
         """Of a model's magnitudes in its bracket the one at `position`, from 1, in their order; how many are less."""
