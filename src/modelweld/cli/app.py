@@ -24,6 +24,7 @@ COMMANDS = {
     "pin": "sources",
     "merge": "merge",
     "plan": "merge",
+    "methods": "methods",
     "import-mergekit": "merge",
     "stage": "stage",
     "evaluate": "evaluate",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from modelweld.config.methods import METHODS
+from modelweld.config.plugins import parameter_kinds
 from modelweld.config.recipe import NAME_PATTERN
 from modelweld.config.strict import BOOLEAN
 
@@ -49,7 +49,7 @@ def _message(kind: str, item: Any, known: Sequence[str]) -> str:
     if kind == "extra_forbidden":
         return f"unknown key{_did_you_mean(str(item['loc'][-1]), known)}"
     if kind == "union_tag_invalid":
-        methods = [method.model_fields["method"].default for method in METHODS]
+        methods = [method.model_fields["method"].default for method in parameter_kinds()]
         return f"unknown method {context['tag']!r}{_did_you_mean(context['tag'], methods)}"
     if kind == "union_tag_not_found":
         return "needs `method:`"

@@ -6,7 +6,7 @@ the recipe's schema and its refusals must not import torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class MethodParameters(Strict):
     """What every method takes: `scale` multiplies the merged delta (or, without a base, the merged weight)."""
+
+    aligns: ClassVar[bool] = False  # whether its recipes align the experts without an `align:` section
 
     method: str
     scale: float = 1.0
@@ -156,6 +158,8 @@ class Pcb(MethodParameters):
 
 class Mudsc(MethodParameters):
     """MuDSC (arXiv 2403.01753): bring the experts' units to one order, then average. Its settings stand in `align:`."""
+
+    aligns: ClassVar[bool] = True
 
     method: Literal["mudsc"] = "mudsc"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from modelweld.config.align import Align, Rows
 from modelweld.config.recipe import AnyRecipe, ExpertEntry, Name, Recipe
@@ -107,6 +107,8 @@ class Register(Strict):
 
 class Params(Strict):
     """The whole of params.yaml. DVC reads it too: a section that a stage depends on has to stand there, if only {}."""
+
+    model_config = ConfigDict(defer_build=True)
 
     name: Name
     models: dict[Name, SourceEntry]

@@ -5,14 +5,18 @@ The `merge:` section of params.yaml is a recipe whose paths are filled in by the
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Field, TypeAdapter, create_model
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, create_model
+from pydantic_core import CoreSchema
 
 from modelweld.config.addresses import below
 from modelweld.config.align import Align
-from modelweld.config.methods import METHODS, MethodParameters, Mudsc
+from modelweld.config.methods import MethodParameters
+from modelweld.config.plugins import parameter_kinds
 from modelweld.config.strict import Strict
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
@@ -35,11 +39,28 @@ class Selector(Strict):
     ndim: int | None = None
 
 
-AnyMethod = Annotated[Union[METHODS], Field(discriminator="method")]  # type: ignore[valid-type]  # noqa: UP007
+class _OneOf:
+    """The union of the models that `kinds` returns, told apart by `method`.
+
+    It is put together when it is first used and not when this module is imported: the methods that installed packages
+    bring belong to it, and loading these loads torch.
+    """
+
+    def __init__(self, kinds: Callable[[], tuple[type[Strict], ...]]) -> None:
+        self._kinds = kinds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        union: Any = Annotated[Union[self._kinds()], Field(discriminator="method")]  # noqa: UP007
+        return handler.generate_schema(union)
+
+
+AnyMethod = Annotated[MethodParameters, _OneOf(parameter_kinds)]
 
 
 class Rule(Strict):
     """The first rule whose selector matches a tensor decides how it is merged."""
+
+    model_config = ConfigDict(defer_build=True)
 
     match: Selector
     use: AnyMethod | Literal["base", "skip"]
@@ -58,6 +79,8 @@ class Output(Strict):
 class Recipe(Strict):
     """What every recipe holds, whatever its method; `load_recipe` returns the subclass of the named method."""
 
+    model_config = ConfigDict(defer_build=True)
+
     base: str | None = None
     models: dict[Name, ExpertEntry] | None = None
     rules: tuple[Rule, ...] = ()
@@ -72,11 +95,12 @@ class Recipe(Strict):
     @property
     def alignment(self) -> Align | None:
         """How the experts are aligned before they are merged; None when they are not."""
-        return Align() if self.align is None and isinstance(self, Mudsc) else self.align
+        aligns = isinstance(self, MethodParameters) and self.aligns
+        return Align() if self.align is None and aligns else self.align
 
     def parameters(self) -> MethodParameters:
         """The method's own parameters, without the rest of the recipe."""
-        kind = next(k for k in METHODS if isinstance(self, k))
+        kind = next(k for k in parameter_kinds() if isinstance(self, k))
         return kind.model_validate({name: getattr(self, name) for name in kind.model_fields})
 
     def rooted(self, root: Path) -> Self:
@@ -103,5 +127,10 @@ def _recipe_of(kind: type[MethodParameters]) -> type[Recipe]:
     return model
 
 
-AnyRecipe: Any = Annotated[Union[tuple(_recipe_of(kind) for kind in METHODS)], Field(discriminator="method")]  # noqa: UP007
-RECIPE_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(AnyRecipe)
+@functools.cache
+def _recipe_kinds() -> tuple[type[Recipe], ...]:
+    return tuple(_recipe_of(kind) for kind in parameter_kinds())
+
+
+AnyRecipe: Any = Annotated[Any, _OneOf(_recipe_kinds)]
+RECIPE_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(AnyRecipe, config=ConfigDict(defer_build=True))

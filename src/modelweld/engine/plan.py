@@ -26,7 +26,7 @@ from modelweld.engine.roles import MERGEABLE, Packing, Role, packing_of, role_of
 from modelweld.engine.rules import decide
 from modelweld.errors import CheckpointError, ConfigError, MergeError
 from modelweld.methods.method import TensorContext
-from modelweld.methods.registry import method
+from modelweld.methods.registry import method, provenance
 
 SIDE_FILES = (
     "config.json",
@@ -100,8 +100,7 @@ class TensorPlan:
         """Whether the tensor is worked on in cache-sized chunks rather than as a whole."""
         if self.parameters is None:
             return True
-        chosen = method(self.parameters.method)
-        return self.route == "dense" and (chosen.elementwise or chosen.statistics is not None)
+        return self.route == "dense" and method(self.parameters.method).streamed
 
     def streamed_on(self, device: str) -> bool:
         """As `streamed`, on a device of this kind: accelerators look at whole tensors without a wait for the host."""
@@ -446,7 +445,7 @@ def _key(recipe: Recipe, inputs: Inputs, tensors: list[TensorPlan], layout: Layo
         "experts": [(e.label, e.weight, e.task, identity(e.checkpoint)) for e in inputs.experts],
         "adapters": {e.label: dict(e.adapter.config) for e in inputs.experts if e.adapter},
         "tensors": [tensor.document() for tensor in tensors],
-        "versions": {t.method: method(t.method).version for t in tensors if t.method},
+        "versions": {t.method: provenance(t.method) for t in tensors if t.method},
         "layout": [blake3(shard.header).hexdigest() for shard in layout.shards],
     }
     return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()

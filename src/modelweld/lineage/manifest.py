@@ -29,7 +29,7 @@ from modelweld.engine.inputs import Inputs
 from modelweld.engine.journal import Finished
 from modelweld.engine.plan import Plan, TensorPlan
 from modelweld.errors import CheckpointError
-from modelweld.methods.registry import method
+from modelweld.methods.registry import provenance
 
 SCHEMA = "modelweld.manifest/1"
 FILE = "manifest.json"
@@ -61,9 +61,7 @@ def build(
     return {
         "schema": SCHEMA,
         "recipe": _recipe(recipe),
-        "methods": {
-            name: {"version": method(name).version} for name in sorted({t.method for t in plan.tensors if t.method})
-        },
+        "methods": {name: provenance(name) for name in sorted({t.method for t in plan.tensors if t.method})},
         "parents": _parents(inputs, execution, heads, sources or {}),
         "tensors": tensors,
         "heads": heads,

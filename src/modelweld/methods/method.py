@@ -138,6 +138,11 @@ class Method(Generic[P]):
         return self.shape == "matrix"
 
     @property
+    def streamed(self) -> bool:
+        """Whether a tensor of any size is merged in chunks in host memory."""
+        return self.elementwise or self.statistics is not None
+
+    @property
     def seeded(self) -> bool:
         """Whether it draws random numbers, whose streams are keyed by the experts' bytes."""
         return "keys" in _keywords(self.function)
