@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 from inspect import ismodule
+from typing import Any
 
 import schema_tables as tables
 import typer.main
@@ -15,7 +16,8 @@ from typer.cli import get_docs_for_click
 from modelweld import merging
 from modelweld.cli.app import COMMANDS, app
 from modelweld.config import json_schema
-from modelweld.methods.registry import Method, methods
+from modelweld.methods.method import Method
+from modelweld.methods.registry import methods
 
 # The keys of a method that stand on the page of recipes already.
 _NESTED = "{heading_level: 3}"
@@ -107,7 +109,7 @@ def _defined_at(name: str) -> str:
     return exported.__name__ if ismodule(exported) else f"{exported.__module__}.{exported.__qualname__}"
 
 
-def _method_section(method: Method) -> str:
+def _method_section(method: Method[Any]) -> str:
     schema = method.parameters.model_json_schema()
     facts = " ".join(_facts(method))
     keys = tables.key_table(schema, without=_IN_EVERY_METHOD) or "No keys of its own."
@@ -116,9 +118,9 @@ def _method_section(method: Method) -> str:
     )
 
 
-def _facts(method: Method) -> Iterator[str]:
+def _facts(method: Method[Any]) -> Iterator[str]:
     yield "Merges task vectors: needs a base." if method.needs_base else "Merges weights: needs no base."
-    yield f"Models: {_count(method.min_models, method.max_models)}."
+    yield f"Models: {_count(*method.models)}."
     if method.elementwise:
         yield "Looks at one entry at a time, so any chunk of a tensor can be merged alone."
     elif method.whole_matrix:

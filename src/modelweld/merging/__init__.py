@@ -3,15 +3,18 @@
     from modelweld.merging import drm
     merged = drm.merge(deltas, direction="horizontal", drop_rate=0.8)  # deltas (N, n, m)
 
-The modules are those of `modelweld.methods`, one per method, and open on first use.
+The modules are those of `modelweld.methods`, one per method, and open on first use. `Method` and `MethodParameters` are
+what a package declares a method of its own with.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
-from modelweld.config.methods import METHODS
+from modelweld.config.methods import METHODS as _PARAMETERS
 
 if TYPE_CHECKING:
+    from modelweld.config.methods import MethodParameters as MethodParameters
     from modelweld.methods import average as average
     from modelweld.methods import breadcrumbs as breadcrumbs
     from modelweld.methods import dare as dare
@@ -28,18 +31,26 @@ if TYPE_CHECKING:
     from modelweld.methods import task_arithmetic as task_arithmetic
     from modelweld.methods import ties as ties
     from modelweld.methods import tsv_m as tsv_m
+    from modelweld.methods.method import Method as Method
     from modelweld.methods.numerics.low_rank import LowRank as LowRank
 
-_METHODS = tuple(kind.model_fields["method"].default for kind in METHODS)
+_MODULES = tuple(kind.model_fields["method"].default for kind in _PARAMETERS)
+_CLASSES = {
+    "LowRank": "modelweld.methods.numerics.low_rank",
+    "Method": "modelweld.methods.method",
+    "MethodParameters": "modelweld.config.methods",
+}
 
-__all__ = ["LowRank", *_METHODS]
+__all__ = sorted([*_CLASSES, *_MODULES])
 
 
-def __getattr__(name: str) -> Any:
-    if name in _METHODS:
-        return import_module(f"modelweld.methods.{name}")
-    if name == "LowRank":
-        from modelweld.methods.numerics.low_rank import LowRank
-
-        return LowRank
+def __getattr__(name: str) -> _Any:
+    if name in _MODULES:
+        return _import_module(f"modelweld.methods.{name}")
+    if name in _CLASSES:
+        return getattr(_import_module(_CLASSES[name]), name)
     raise AttributeError(f"module 'modelweld.merging' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

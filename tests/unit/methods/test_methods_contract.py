@@ -78,8 +78,8 @@ def test_a_function_gets_its_parameters_and_what_it_asks_for() -> None:
 def test_every_method_is_one_module_that_declares_itself_and_one_parameter_class() -> None:
     found = {info.name for info in pkgutil.iter_modules(modelweld.methods.__path__) if not info.ispkg}
     names = {kind.model_fields["method"].default for kind in METHODS}
-    assert found - {"method", "registry", "streaming"} == names == set(methods())
-    assert set(modelweld.merging.__all__) == names | {"LowRank"}
+    assert found - {"method", "registry", "streaming", "table"} == names == set(methods())
+    assert set(modelweld.merging.__all__) == names | {"LowRank", "Method", "MethodParameters"}
     for name in names:
         assert getattr(modelweld.merging, name).METHOD is method(name)
         assert method(name).summary

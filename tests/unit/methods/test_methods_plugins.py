@@ -20,8 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from modelweld.config.methods import MethodParameters
-from modelweld.methods.method import Method
+from modelweld.merging import Method, MethodParameters
 
 
 class Median(MethodParameters):
