@@ -22,7 +22,7 @@ from modelweld.engine import Inputs, Plan
 from modelweld.engine.compute import Worker
 from modelweld.engine.estimate import matrix_work
 from modelweld.engine.inputs import task_of
-from modelweld.engine.plan import TensorPlan
+from modelweld.engine.records import TensorPlan
 from modelweld.errors import ConfigError
 from modelweld.methods.registry import method
 from modelweld.symmetry import Alignment, Zipped

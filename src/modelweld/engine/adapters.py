@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +19,12 @@ from modelweld.config.methods import MethodParameters
 from modelweld.engine.figures import combine
 from modelweld.engine.inputs import Expert, Inputs
 from modelweld.engine.packing import pack, unpack
+from modelweld.engine.records import Route, TensorPlan
 from modelweld.errors import ConfigError
 from modelweld.methods.method import Method, TensorContext
 from modelweld.methods.numerics.low_rank import LowRank
 from modelweld.methods.numerics.operands import Weights
 from modelweld.methods.registry import method
-
-if TYPE_CHECKING:
-    from modelweld.engine.plan import TensorPlan
-
-Route = Literal["dense", "densified", "factors"]
 
 
 def route_of(name: str, parameters: MethodParameters, inputs: Inputs) -> Route | None:

@@ -19,7 +19,7 @@ from modelweld.engine.inputs import Inputs
 from modelweld.engine.memory import peak_resident
 from modelweld.engine.outputs import Output
 from modelweld.engine.placement import Placement, resolve_device
-from modelweld.engine.plan import TensorPlan
+from modelweld.engine.records import TensorPlan
 from modelweld.engine.sharing import Made, Share, Task, make_share
 from modelweld.engine.watching import Watcher
 from modelweld.errors import ConfigError, ExternalError

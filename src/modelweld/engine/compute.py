@@ -30,8 +30,8 @@ from modelweld.engine.journal import Finished
 from modelweld.engine.lane import CHUNK as DEVICE_CHUNK
 from modelweld.engine.lane import Lane
 from modelweld.engine.packing import merge_packed
-from modelweld.engine.plan import TensorPlan, dtype_name
 from modelweld.engine.reading import BASE, SAMPLE_BLOCK, Cancelled, Hashers, Reader, require_finite, sample_starts
+from modelweld.engine.records import TensorPlan, dtype_name
 from modelweld.errors import MergeError
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.low_rank import LowRank

@@ -19,7 +19,7 @@ from modelweld.engine.chunks import in_host_memory
 from modelweld.engine.compute import chunk_elements
 from modelweld.engine.inputs import Inputs
 from modelweld.engine.memory import room, working_bytes
-from modelweld.engine.plan import Plan, TensorPlan
+from modelweld.engine.records import Plan, TensorPlan
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.work import Work
 from modelweld.methods.registry import method

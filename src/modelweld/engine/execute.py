@@ -18,8 +18,8 @@ from modelweld.engine.inputs import Inputs
 from modelweld.engine.journal import Finished
 from modelweld.engine.outputs import Output, Syncer
 from modelweld.engine.placement import Placement
-from modelweld.engine.plan import Plan
 from modelweld.engine.processes import make_in_processes
+from modelweld.engine.records import Plan
 from modelweld.engine.side_files import write_beside
 from modelweld.engine.threads import make_in_threads
 from modelweld.engine.watching import Silent, Watcher

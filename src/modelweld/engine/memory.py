@@ -12,7 +12,7 @@ from typing import Any
 
 from modelweld.config.methods import MethodParameters
 from modelweld.engine.lane import CHUNK as DEVICE_CHUNK
-from modelweld.engine.plan import TensorPlan
+from modelweld.engine.records import TensorPlan
 from modelweld.errors import MergeError
 from modelweld.methods.registry import method
 

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from modelweld.checkpoints.shards import Layout, ShardFile, Slot
 from modelweld.engine.journal import Finished, Journal, begun, recorded
-from modelweld.engine.plan import Plan
+from modelweld.engine.records import Plan
 from modelweld.errors import ExternalError
 
 _BLOCK = 1 << 20

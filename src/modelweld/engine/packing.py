@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelweld.config.methods import MethodParameters
 from modelweld.engine.figures import combine
-from modelweld.engine.roles import Packing
+from modelweld.engine.records import Packing, TensorPlan
 from modelweld.methods.method import Method, TensorContext
 from modelweld.methods.numerics.operands import Weights
-
-if TYPE_CHECKING:
-    from modelweld.engine.plan import TensorPlan
 
 
 def merge_packed(

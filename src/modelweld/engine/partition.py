@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelweld.engine.estimate import flops
-from modelweld.engine.plan import TensorPlan
+from modelweld.engine.records import TensorPlan
 
 # What a core computes while it reads a byte, roughly: only the balance rests on it.
 _FLOPS_A_BYTE = 100.0

@@ -14,7 +14,7 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.engine.inputs import Inputs
 from modelweld.engine.lane import Lane
-from modelweld.engine.plan import TensorPlan, dtype_name
+from modelweld.engine.records import TensorPlan, dtype_name
 from modelweld.errors import CheckpointError
 
 BASE = "base"

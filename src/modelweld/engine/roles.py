@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from modelweld.checkpoints import TensorInfo
 from modelweld.checkpoints.header import DTYPES
 from modelweld.checkpoints.names import is_buffer
-
-Role = Literal["linear", "embedding", "norm", "bias", "convolution", "other", "buffer", "integer"]
+from modelweld.engine.records import Packing, Role
 
 MERGEABLE = frozenset(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
@@ -24,14 +22,6 @@ _QKV = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|Wqkv|wqkv|query_key_value|in_proj
 _HALVES = re.compile(r"(^|\.)(gate_up_proj|Wi)\.weight$")
 # Families that interleave queries, keys and values head by head instead of stacking them.
 _INTERLEAVED = frozenset({"gpt_neox", "bloom", "gpt_neox_japanese"})
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How several projections share one weight: its output rows are `groups` blocks of consecutive `sizes` rows."""
-
-    groups: int
-    sizes: tuple[int, ...]
 
 
 def role_of(info: TensorInfo) -> Role:

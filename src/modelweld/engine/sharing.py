@@ -16,7 +16,7 @@ from modelweld.checkpoints.shards import disk_errors
 from modelweld.engine.inputs import Inputs
 from modelweld.engine.journal import Finished
 from modelweld.engine.outputs import Output
-from modelweld.engine.plan import Plan
+from modelweld.engine.records import Plan
 from modelweld.engine.threads import make_in_threads
 
 Made = list[tuple[int, Finished]]

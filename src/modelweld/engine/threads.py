@@ -19,7 +19,7 @@ from modelweld.engine.journal import Finished
 from modelweld.engine.lane import free_on
 from modelweld.engine.memory import Budget, working_bytes
 from modelweld.engine.outputs import Output
-from modelweld.engine.plan import TensorPlan
+from modelweld.engine.records import TensorPlan
 from modelweld.engine.watching import Watcher
 
 _HEAP_BLOCK = 31 << 20  # just below glibc's ceiling for that threshold

@@ -27,7 +27,7 @@ from modelweld.config import Recipe
 from modelweld.engine.execute import Execution
 from modelweld.engine.inputs import Inputs
 from modelweld.engine.journal import Finished
-from modelweld.engine.plan import Plan, TensorPlan
+from modelweld.engine.records import Plan, TensorPlan
 from modelweld.errors import CheckpointError
 from modelweld.methods.registry import provenance
 

@@ -21,7 +21,7 @@ from modelweld.engine import Inputs, Plan, build, open_inputs, place, refuse_for
 from modelweld.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.engine.lane import free_on
 from modelweld.engine.memory import peak_resident, working_bytes
-from modelweld.engine.plan import dtype_name
+from modelweld.engine.records import dtype_name
 from modelweld.errors import DiskFull, MergeError
 from modelweld.stages.sighting import sighted
 

@@ -22,7 +22,8 @@ from modelweld.config import Recipe, load_recipe
 from modelweld.config.recipe import RECIPE_ADAPTER
 from modelweld.engine import build, open_inputs
 from modelweld.engine.packing import pack, unpack
-from modelweld.engine.roles import Packing, packing_of
+from modelweld.engine.records import Packing
+from modelweld.engine.roles import packing_of
 from modelweld.errors import CheckpointError, ConfigError, DiskFull, ExternalError, InputError, MergeError
 from modelweld.lineage import manifest
 from modelweld.methods import drm, ties

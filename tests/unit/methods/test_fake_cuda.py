@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from modelweld.engine.chunks import on_device
 from modelweld.engine.lane import Lane
 from modelweld.engine.packing import merge_packed
-from modelweld.engine.roles import Packing
+from modelweld.engine.records import Packing
 from modelweld.methods import LowRank, drm
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.selection import _bisected, kth_smallest
