@@ -23,7 +23,7 @@ from modelweld.checkpoints.shards import ShardFile
 from modelweld.config import Recipe
 from modelweld.config.align import Align
 from modelweld.engine import Execution, Inputs, Plan
-from modelweld.engine.records import HeadPlan
+from modelweld.engine.plan.records import HeadPlan
 from modelweld.errors import ConfigError, MergeError
 from modelweld.symmetry.families import STATISTICS
 from modelweld.symmetry.instances import own_names

@@ -23,7 +23,7 @@ from modelweld.alignment.models import AlignedModel, architecture
 from modelweld.config import Recipe
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan
-from modelweld.engine.inputs import task_of
+from modelweld.engine.plan.inputs import task_of
 from modelweld.symmetry import Spec
 from modelweld.symmetry.families import Family, families
 from modelweld.symmetry.instances import example_inputs

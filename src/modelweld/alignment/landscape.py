@@ -21,7 +21,7 @@ from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Params, load_params, load_recipe_or_params
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, open_inputs
-from modelweld.engine.inputs import Expert, task_of
+from modelweld.engine.plan.inputs import Expert, task_of
 from modelweld.errors import ConfigError, InputError
 from modelweld.lineage import manifest
 from modelweld.symmetry.families import STATISTICS

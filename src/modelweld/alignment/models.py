@@ -16,7 +16,7 @@ from modelweld.checkpoints.folding import Folded
 from modelweld.checkpoints.names import is_buffer
 from modelweld.config.align import Align
 from modelweld.engine import Inputs
-from modelweld.engine.inputs import Expert
+from modelweld.engine.plan.inputs import Expert
 from modelweld.errors import ConfigError, MergeError
 from modelweld.symmetry import Factor, Spec, check_invariance
 from modelweld.symmetry.families import STATISTICS

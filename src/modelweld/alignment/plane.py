@@ -21,7 +21,7 @@ from modelweld.alignment.record import ASSIGNMENTS, DOCUMENT
 from modelweld.checkpoints import Checkpoint
 from modelweld.config.align import Align
 from modelweld.engine import Inputs
-from modelweld.engine.inputs import Expert
+from modelweld.engine.plan.inputs import Expert
 from modelweld.errors import ConfigError, InputError
 from modelweld.symmetry import Permutations, Spec
 from modelweld.symmetry.families import STATISTICS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modelweld.config.align import Align, Rows
 from modelweld.engine import Inputs
-from modelweld.engine.inputs import Expert
+from modelweld.engine.plan.inputs import Expert
 from modelweld.errors import ConfigError, MergeError
 from modelweld.evaluation.dataset_spec import DatasetSpec
 from modelweld.evaluation.kinds import kind_of

@@ -19,10 +19,10 @@ from modelweld.checkpoints.shards import Slot
 from modelweld.config.align import Align
 from modelweld.config.methods import Linear
 from modelweld.engine import Inputs, Plan
-from modelweld.engine.compute import Worker
-from modelweld.engine.estimate import matrix_work
-from modelweld.engine.inputs import task_of
-from modelweld.engine.records import TensorPlan
+from modelweld.engine.cost.estimate import matrix_work
+from modelweld.engine.plan.inputs import task_of
+from modelweld.engine.plan.records import TensorPlan
+from modelweld.engine.run.worker import Worker
 from modelweld.errors import ConfigError
 from modelweld.methods.registry import method
 from modelweld.symmetry import Alignment, Zipped

@@ -12,12 +12,12 @@ and hosts, `execute` leads, `journal` and `staging` make an interrupted merge go
 """
 
 from modelweld.engine.execute import Execution, execute, execute_together
-from modelweld.engine.inputs import Inputs, open_inputs
-from modelweld.engine.placement import Placement, place
-from modelweld.engine.plan import build
-from modelweld.engine.records import Plan, TensorPlan
-from modelweld.engine.staging import publish, refuse_foreign, staged
-from modelweld.engine.watching import Watcher
+from modelweld.engine.executors.placement import Placement, place
+from modelweld.engine.output.staging import publish, refuse_foreign, staged
+from modelweld.engine.plan.inputs import Inputs, open_inputs
+from modelweld.engine.plan.planner import build
+from modelweld.engine.plan.records import Plan, TensorPlan
+from modelweld.engine.progress import Watcher
 
 __all__ = [
     "Execution",

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelweld.checkpoints.shards import disk_errors
-from modelweld.engine.cluster import make_on_cluster
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.journal import Finished
-from modelweld.engine.outputs import Output, Syncer
-from modelweld.engine.placement import Placement
-from modelweld.engine.processes import make_in_processes
-from modelweld.engine.records import Plan
-from modelweld.engine.side_files import write_beside
-from modelweld.engine.threads import make_in_threads
-from modelweld.engine.watching import Silent, Watcher
+from modelweld.engine.executors.cluster import make_on_cluster
+from modelweld.engine.executors.placement import Placement
+from modelweld.engine.executors.processes import make_in_processes
+from modelweld.engine.executors.threads import make_in_threads
+from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.shards import Output, Syncer
+from modelweld.engine.output.side_files import write_beside
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import Plan
+from modelweld.engine.progress import Silent, Watcher
 
 
 @dataclass

@@ -25,9 +25,9 @@ from modelweld.checkpoints.loading import HEAD_WEIGHTS, HEADS
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe
 from modelweld.engine.execute import Execution
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.journal import Finished
-from modelweld.engine.records import Plan, TensorPlan
+from modelweld.engine.output.journal import Finished
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import Plan, TensorPlan
 from modelweld.errors import CheckpointError
 from modelweld.methods.registry import provenance
 

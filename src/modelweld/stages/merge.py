@@ -26,7 +26,7 @@ from modelweld.engine import (
     refuse_foreign,
     staged,
 )
-from modelweld.engine.memory import peak_resident
+from modelweld.engine.cost.memory import peak_resident
 from modelweld.errors import ConfigError
 from modelweld.lineage import manifest, model_card
 

@@ -18,10 +18,10 @@ import torch
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.config.loading import is_params
 from modelweld.engine import Inputs, Plan, build, open_inputs, place, refuse_foreign
-from modelweld.engine.estimate import calibrate, existing_parent, flops, peak_memory, seconds
-from modelweld.engine.lane import free_on
-from modelweld.engine.memory import peak_resident, working_bytes
-from modelweld.engine.records import dtype_name
+from modelweld.engine.cost.estimate import calibrate, existing_parent, flops, peak_memory, seconds
+from modelweld.engine.cost.memory import peak_resident, working_bytes
+from modelweld.engine.plan.records import dtype_name
+from modelweld.engine.run.device_stream import free_on
 from modelweld.errors import DiskFull, MergeError
 from modelweld.stages.sighting import sighted
 

@@ -21,9 +21,9 @@ from modelweld.checkpoints import loading
 from modelweld.config import Recipe, load_recipe
 from modelweld.config.recipe import RECIPE_ADAPTER
 from modelweld.engine import build, open_inputs
-from modelweld.engine.packing import pack, unpack
-from modelweld.engine.records import Packing
-from modelweld.engine.roles import packing_of
+from modelweld.engine.plan.records import Packing
+from modelweld.engine.plan.roles import packing_of
+from modelweld.engine.run.packing import pack, unpack
 from modelweld.errors import CheckpointError, ConfigError, DiskFull, ExternalError, InputError, MergeError
 from modelweld.lineage import manifest
 from modelweld.methods import drm, ties

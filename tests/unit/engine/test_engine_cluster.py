@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from modelweld.config import Recipe
-from modelweld.engine.journal import Finished
-from modelweld.engine.outputs import Output
+from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.shards import Output
 from modelweld.errors import CheckpointError, ConfigError, ExternalError
 from modelweld.stages.merge import merge
 from tests.support.families import SHAPES, recipe, tree_bytes, weights_of, write_family

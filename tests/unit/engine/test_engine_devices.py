@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from modelweld.config.methods import TaskArithmetic
-from modelweld.engine import build, chunks, compute, open_inputs
-from modelweld.engine.chunks import on_device
-from modelweld.engine.lane import LEAST, Lane
-from modelweld.engine.memory import working_bytes
+from modelweld.engine import build, open_inputs
+from modelweld.engine.cost.memory import working_bytes
+from modelweld.engine.run import chunks, worker
+from modelweld.engine.run.chunks import on_device
+from modelweld.engine.run.device_stream import LEAST, Lane
 from modelweld.errors import ExternalError
 from modelweld.lineage import manifest
 from modelweld.methods.method import Method, TensorContext
@@ -59,8 +60,8 @@ class Moving(Lane):
 
 def move(patch: pytest.MonkeyPatch, chunk: int) -> None:
     """Let every worker's lane move, in chunks of so many elements."""
-    patch.setattr(compute, "Lane", Moving)
-    patch.setattr(compute, "DEVICE_CHUNK", chunk)
+    patch.setattr(worker, "Lane", Moving)
+    patch.setattr(worker, "DEVICE_CHUNK", chunk)
     patch.setattr(Moving, "chunk", chunk)
     patch.setattr(Moving, "most", 0)
 
@@ -133,7 +134,7 @@ def test_a_matrix_that_does_not_fit_is_merged_on_the_cpu_and_the_report_says_so(
         return True
 
     double = short_of_memory("drm", fits)
-    monkeypatch.setattr(compute, "method", lambda name: double if name == "drm" else method(name))
+    monkeypatch.setattr(worker, "method", lambda name: double if name == "drm" else method(name))
     report = merge(recipe(root, "drm"), tmp_path / "short", threads=1)
     monkeypatch.undo()
     assert refused
@@ -155,7 +156,7 @@ def test_a_grid_does_not_try_the_device_again_for_a_matrix_that_did_not_fit(
         return len(calls) > 1
 
     double = short_of_memory("drm", fits)
-    monkeypatch.setattr(compute, "method", lambda name: double if name == "drm" else method(name))
+    monkeypatch.setattr(worker, "method", lambda name: double if name == "drm" else method(name))
     reports = merge_grid(recipe(root, "drm"), {"drop_rate": [0.5, 0.7, 0.9]}, tmp_path / "out", threads=1)
     assert len(calls) == 4
     assert all("merged on the CPU" in report.notes[0] for report in reports.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelweld.engine.figures import combine, to_plain
+from modelweld.engine.run.diagnostics import combine, to_plain
 from modelweld.lineage import manifest
 from modelweld.methods import drm
 from modelweld.reporting.layers import layer_series

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelweld.config.methods import Average, Dare, Linear, MethodParameters, ModelStock, Slerp, TaskArithmetic, Ties
-from modelweld.engine.chunks import in_host_memory
-from modelweld.engine.reading import SAMPLE_BLOCK, sample_starts
+from modelweld.engine.run.chunks import in_host_memory
+from modelweld.engine.run.reader import SAMPLE_BLOCK, sample_starts
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.operands import gram
 from modelweld.methods.numerics.selection import magnitude_threshold

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from modelweld.config.methods import Drm
-from modelweld.engine import build, memory, open_inputs
+from modelweld.engine import build, open_inputs
+from modelweld.engine.cost import memory
 from modelweld.methods import drm
 from modelweld.stages.merge import merge
 from tests.support.families import recipe, write_family

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from modelweld.checkpoints import Checkpoint
 from modelweld.config import load_recipe
 from modelweld.engine import build, open_inputs, place
-from modelweld.engine.partition import shares
-from modelweld.engine.sharing import Failure
+from modelweld.engine.executors.job import Failure
+from modelweld.engine.executors.partition import shares
 from modelweld.errors import CheckpointError, ConfigError, MergeError
 from modelweld.lineage import manifest
 from modelweld.stages.grid import merge_grid

@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelweld.engine import build, open_inputs
-from modelweld.engine.estimate import factor_work, flops, matrix_work
-from modelweld.engine.records import TensorPlan
+from modelweld.engine.cost.estimate import factor_work, flops, matrix_work
+from modelweld.engine.plan.records import TensorPlan
 from modelweld.methods import LowRank
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.work import Work

@@ -15,10 +15,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from modelweld.engine.chunks import on_device
-from modelweld.engine.lane import Lane
-from modelweld.engine.packing import merge_packed
-from modelweld.engine.records import Packing
+from modelweld.engine.plan.records import Packing
+from modelweld.engine.run.chunks import on_device
+from modelweld.engine.run.device_stream import Lane
+from modelweld.engine.run.packing import merge_packed
 from modelweld.methods import LowRank, drm
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.selection import _bisected, kth_smallest

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from modelweld.checkpoints import TensorInfo
 from modelweld.config import Recipe, Selector
 from modelweld.config.methods import Average, Linear, MethodParameters, Ties
-from modelweld.engine.records import Role
-from modelweld.engine.roles import layer_of
+from modelweld.engine.plan.records import Role
+from modelweld.engine.plan.roles import layer_of
 from modelweld.errors import ConfigError
 from modelweld.methods.method import Method
 from modelweld.methods.registry import method

@@ -13,8 +13,8 @@ from typing import Self
 from blake3 import blake3
 
 from modelweld.checkpoints.shards import Layout, ShardFile, Slot
-from modelweld.engine.journal import Finished, Journal, begun, recorded
-from modelweld.engine.records import Plan
+from modelweld.engine.output.journal import Finished, Journal, begun, recorded
+from modelweld.engine.plan.records import Plan
 from modelweld.errors import ExternalError
 
 _BLOCK = 1 << 20

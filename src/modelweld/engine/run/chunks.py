@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.lane import Lane
+from modelweld.engine.run.device_stream import Lane
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.operands import Weights, coefficients
 from modelweld.methods.registry import method

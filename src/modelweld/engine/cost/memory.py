@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.lane import CHUNK as DEVICE_CHUNK
-from modelweld.engine.records import TensorPlan
+from modelweld.engine.plan.records import TensorPlan
+from modelweld.engine.run.device_stream import CHUNK as DEVICE_CHUNK
 from modelweld.errors import MergeError
 from modelweld.methods.registry import method
 

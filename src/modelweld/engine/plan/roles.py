@@ -9,7 +9,7 @@ from typing import Any
 from modelweld.checkpoints import TensorInfo
 from modelweld.checkpoints.header import DTYPES
 from modelweld.checkpoints.names import is_buffer
-from modelweld.engine.records import Packing, Role
+from modelweld.engine.plan.records import Packing, Role
 
 MERGEABLE = frozenset(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 

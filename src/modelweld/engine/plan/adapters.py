@@ -16,10 +16,10 @@ from torch import Tensor
 from modelweld.checkpoints.adapter import WRAPPING
 from modelweld.config import Recipe
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.figures import combine
-from modelweld.engine.inputs import Expert, Inputs
-from modelweld.engine.packing import pack, unpack
-from modelweld.engine.records import Route, TensorPlan
+from modelweld.engine.plan.inputs import Expert, Inputs
+from modelweld.engine.plan.records import Route, TensorPlan
+from modelweld.engine.run.diagnostics import combine
+from modelweld.engine.run.packing import pack, unpack
 from modelweld.errors import ConfigError
 from modelweld.methods.method import Method, TensorContext
 from modelweld.methods.numerics.low_rank import LowRank

@@ -13,11 +13,11 @@ from typing import NoReturn, Protocol
 import torch
 
 from modelweld.checkpoints.shards import disk_errors
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.journal import Finished
-from modelweld.engine.outputs import Output
-from modelweld.engine.records import Plan
-from modelweld.engine.threads import make_in_threads
+from modelweld.engine.executors.threads import make_in_threads
+from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.shards import Output
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import Plan
 
 Made = list[tuple[int, Finished]]
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.memory import peak_resident
-from modelweld.engine.outputs import Output
-from modelweld.engine.placement import Placement, resolve_device
-from modelweld.engine.records import TensorPlan
-from modelweld.engine.sharing import Made, Share, Task, make_share
-from modelweld.engine.watching import Watcher
+from modelweld.engine.cost.memory import peak_resident
+from modelweld.engine.executors.job import Made, Share, Task, make_share
+from modelweld.engine.executors.placement import Placement, resolve_device
+from modelweld.engine.output.shards import Output
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import TensorPlan
+from modelweld.engine.progress import Watcher
 from modelweld.errors import ConfigError, ExternalError
 
 _ANSWER_S = 10.0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.figures import combine
-from modelweld.engine.records import Packing, TensorPlan
+from modelweld.engine.plan.records import Packing, TensorPlan
+from modelweld.engine.run.diagnostics import combine
 from modelweld.methods.method import Method, TensorContext
 from modelweld.methods.numerics.operands import Weights
 

@@ -13,8 +13,8 @@ import torch
 from modelweld.checkpoints.adapter import WRAPPING, head_config, write_config
 from modelweld.checkpoints.loading import HEAD_WEIGHTS, HEADS, PREFIX_KEY, REFERENCE_PREFIX_KEY
 from modelweld.checkpoints.shards import write_tensors
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.records import HeadPlan, Plan
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import HeadPlan, Plan
 from modelweld.errors import MergeError
 
 

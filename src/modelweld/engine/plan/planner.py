@@ -17,11 +17,11 @@ from modelweld.checkpoints.orientation import stored_transposed
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.checkpoints.shards import Layout, lay_out
 from modelweld.config import Recipe
-from modelweld.engine.adapters import bytes_read, kept_as_adapter, ranks_of, route_of
-from modelweld.engine.inputs import Expert, Inputs, identity, task_of
-from modelweld.engine.records import HeadPlan, Plan, TensorPlan, dtype_name
-from modelweld.engine.roles import MERGEABLE, packing_of, role_of
-from modelweld.engine.rules import decide
+from modelweld.engine.plan.adapters import bytes_read, kept_as_adapter, ranks_of, route_of
+from modelweld.engine.plan.inputs import Expert, Inputs, identity, task_of
+from modelweld.engine.plan.records import HeadPlan, Plan, TensorPlan, dtype_name
+from modelweld.engine.plan.roles import MERGEABLE, packing_of, role_of
+from modelweld.engine.plan.rules import decide
 from modelweld.errors import CheckpointError, ConfigError, MergeError
 from modelweld.methods.method import TensorContext
 from modelweld.methods.registry import method, provenance

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.lane import Lane
-from modelweld.engine.records import TensorPlan, dtype_name
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import TensorPlan, dtype_name
+from modelweld.engine.run.device_stream import Lane
 from modelweld.errors import CheckpointError
 
 BASE = "base"

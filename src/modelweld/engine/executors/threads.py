@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from modelweld.engine.compute import Cancelled, Worker
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.journal import Finished
-from modelweld.engine.lane import free_on
-from modelweld.engine.memory import Budget, working_bytes
-from modelweld.engine.outputs import Output
-from modelweld.engine.records import TensorPlan
-from modelweld.engine.watching import Watcher
+from modelweld.engine.cost.memory import Budget, working_bytes
+from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.shards import Output
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import TensorPlan
+from modelweld.engine.progress import Watcher
+from modelweld.engine.run.device_stream import free_on
+from modelweld.engine.run.worker import Cancelled, Worker
 
 _HEAP_BLOCK = 31 << 20  # just below glibc's ceiling for that threshold
 _READ_AHEAD = 2  # tensors announced to the kernel beyond those in work

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.memory import peak_resident
-from modelweld.engine.outputs import Output
-from modelweld.engine.partition import shares
-from modelweld.engine.records import TensorPlan
-from modelweld.engine.sharing import Failure, Made, Share, Task, make_share
-from modelweld.engine.watching import Watcher
+from modelweld.engine.cost.memory import peak_resident
+from modelweld.engine.executors.job import Failure, Made, Share, Task, make_share
+from modelweld.engine.executors.partition import shares
+from modelweld.engine.output.shards import Output
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import TensorPlan
+from modelweld.engine.progress import Watcher
 from modelweld.errors import ExternalError
 
 if TYPE_CHECKING:

@@ -22,16 +22,16 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.checkpoints.shards import Slot
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.adapters import factors_of, merge_factors, stored_factor
-from modelweld.engine.chunks import Combine, in_host_memory, on_device
-from modelweld.engine.figures import to_plain
-from modelweld.engine.inputs import Expert, Inputs
-from modelweld.engine.journal import Finished
-from modelweld.engine.lane import CHUNK as DEVICE_CHUNK
-from modelweld.engine.lane import Lane
-from modelweld.engine.packing import merge_packed
-from modelweld.engine.reading import BASE, SAMPLE_BLOCK, Cancelled, Hashers, Reader, require_finite, sample_starts
-from modelweld.engine.records import TensorPlan, dtype_name
+from modelweld.engine.output.journal import Finished
+from modelweld.engine.plan.adapters import factors_of, merge_factors, stored_factor
+from modelweld.engine.plan.inputs import Expert, Inputs
+from modelweld.engine.plan.records import TensorPlan, dtype_name
+from modelweld.engine.run.chunks import Combine, in_host_memory, on_device
+from modelweld.engine.run.device_stream import CHUNK as DEVICE_CHUNK
+from modelweld.engine.run.device_stream import Lane
+from modelweld.engine.run.diagnostics import to_plain
+from modelweld.engine.run.packing import merge_packed
+from modelweld.engine.run.reader import BASE, SAMPLE_BLOCK, Cancelled, Hashers, Reader, require_finite, sample_starts
 from modelweld.errors import MergeError
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.low_rank import LowRank

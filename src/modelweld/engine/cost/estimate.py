@@ -15,11 +15,11 @@ from torch import Tensor
 
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.chunks import in_host_memory
-from modelweld.engine.compute import chunk_elements
-from modelweld.engine.inputs import Inputs
-from modelweld.engine.memory import room, working_bytes
-from modelweld.engine.records import Plan, TensorPlan
+from modelweld.engine.cost.memory import room, working_bytes
+from modelweld.engine.plan.inputs import Inputs
+from modelweld.engine.plan.records import Plan, TensorPlan
+from modelweld.engine.run.chunks import in_host_memory
+from modelweld.engine.run.worker import chunk_elements
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.work import Work
 from modelweld.methods.registry import method

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modelweld.engine.estimate import flops
-from modelweld.engine.records import TensorPlan
+from modelweld.engine.cost.estimate import flops
+from modelweld.engine.plan.records import TensorPlan
 
 # What a core computes while it reads a byte, roughly: only the balance rests on it.
 _FLOPS_A_BYTE = 100.0

@@ -1,0 +1,1 @@
+"""What a merge takes: memory of tensors in work, floating-point operations, and time on this machine."""
