@@ -79,8 +79,8 @@ def written(family: Family, project: Path, where: str, **changes: Any) -> Path:
     return project / "params.yaml"
 
 
-def without_reading(foresight: Any) -> dict[str, Any]:
-    document = foresight.document()
+def without_reading(estimate: Any) -> dict[str, Any]:
+    document = estimate.document()
     return {key: document[key] for key in ("tensors", "heads", "left_out", "shards", "read_bytes")}
 
 
@@ -223,9 +223,9 @@ def test_a_disk_that_holds_the_merge_but_not_the_models_is_refused(
     wide_family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = written(wide_family, tmp_path, str(wide_family.root))
-    foresight = plan(params, tmp_path / "merged")
-    free = foresight.plan.write_bytes * 3
-    assert free < foresight.disk_bytes
+    estimate = plan(params, tmp_path / "merged")
+    free = estimate.plan.write_bytes * 3
+    assert free < estimate.disk_bytes
     usage = shutil._ntuple_diskusage(free, 0, free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskFull, match="to fetch"):

@@ -8,7 +8,7 @@ class Stop(Exception):
 
 
 class Stopper:
-    """A watcher that interrupts the merge once a tensor is finished."""
+    """A progress that interrupts the merge once a tensor is finished."""
 
     def __init__(self, tensor: str) -> None:
         self._tensor = tensor
@@ -21,7 +21,7 @@ class Stopper:
 
 
 class Counted:
-    """A watcher that adds up what it is told."""
+    """A progress that adds up what it is told."""
 
     def __init__(self) -> None:
         self.total = self.read = 0

@@ -15,18 +15,18 @@ from modelweld.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from modelweld.engine import Watcher
+    from modelweld.engine import Progress
     from modelweld.stages.merge import MergeReport
-    from modelweld.stages.plan import Foresight
+    from modelweld.stages.plan import PlanEstimate
 
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:i] or mps; cuda:0,cuda:1: a process each.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:i] or mps; cuda:0,cuda:1: a process for each.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores this process may use.")]
 MemoryLimit = Annotated[
     float | None, typer.Option("--memory-limit", min=0.01, help="GB that tensors in work may take.")
 ]
 
 
-Executor = Annotated[str, typer.Option("--executor", help="local, or ray[:ADDRESS]: each output shard a Ray task.")]
+Executor = Annotated[str, typer.Option("--executor", help="local, or ray[:ADDRESS]: one Ray task per output shard.")]
 
 
 @app.command()
@@ -38,7 +38,8 @@ def merge(
     threads: Threads = None,
     memory_limit: MemoryLimit = None,
     grid: Annotated[
-        list[str] | None, typer.Option("--grid", help="drop_rate=0.5,0.8: a candidate a value, in OUT/<key>/. Repeat.")
+        list[str] | None,
+        typer.Option("--grid", help="drop_rate=0.5,0.8: one candidate each, in OUT/<key>/. Repeatable."),
     ] = None,
 ) -> None:
     """Weld the models of a recipe into OUT. Interrupted, the same command goes on where it was."""
@@ -51,13 +52,13 @@ def merge(
         from modelweld.stages.grid import merge_grid
 
         axes = dict(_axis(axis) for axis in grid)
-        with _watched() as watcher:
-            reports = merge_grid(load_recipe(recipe), axes, out, device, watcher=watcher, **how)
+        with _watched() as progress:
+            reports = merge_grid(load_recipe(recipe), axes, out, device, progress=progress, **how)
         documents = {key: report.document() for key, report in reports.items()}
         emit(documents, "\n".join(_summary(report) for report in reports.values()))
         return
-    with _watched() as watcher:
-        report = weld(load_recipe(recipe), out, device, watcher=watcher, **how)
+    with _watched() as progress:
+        report = weld(load_recipe(recipe), out, device, progress=progress, **how)
     emit(report.document(), _summary(report))
 
 
@@ -74,12 +75,12 @@ def plan(
     ),
 ) -> None:
     """Say what a merge would do, tensor by tensor, what it would take, and refuse what cannot fit."""
-    from modelweld.stages.plan import plan as look_ahead
+    from modelweld.stages.plan import plan as estimate_plan
 
     limit = int(memory_limit * 1e9) if memory_limit else None
-    foresight = look_ahead(recipe, out, device, threads=threads, memory_limit=limit)
-    emit(foresight.document(), None if options.json else _plan_tables(foresight))
-    foresight.require_fit()
+    estimate = estimate_plan(recipe, out, device, threads=threads, memory_limit=limit)
+    emit(estimate.document(), None if options.json else _plan_tables(estimate))
+    estimate.require_fit()
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:
@@ -97,7 +98,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 
 
 @contextmanager
-def _watched() -> Iterator[Watcher | None]:
+def _watched() -> Iterator[Progress | None]:
     """A progress bar on standard error: bytes, tensors, rate, time left. None under --json."""
     if options.json or not stderr.is_terminal:
         yield None
@@ -117,7 +118,7 @@ def _watched() -> Iterator[Watcher | None]:
 
 
 class _Bar:
-    """A Watcher that moves a rich progress bar."""
+    """A Progress that moves a rich progress bar."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
@@ -166,7 +167,7 @@ def _summary(report: MergeReport) -> str:
     return "\n".join(lines)
 
 
-def _plan_tables(foresight: Foresight) -> Group:
+def _plan_tables(estimate: PlanEstimate) -> Group:
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -174,12 +175,12 @@ def _plan_tables(foresight: Foresight) -> Group:
     tensors = Table(
         "tensors", "method", "role", "dtype", "read", "write", "GFLOP", "why", title="what each tensor gets"
     )
-    for row in foresight.groups():
+    for row in estimate.groups():
         tensors.add_row(*row)
     needs = Table("", "needed", "there is", title="what it takes")
-    for row in foresight.needs():
+    for row in estimate.needs():
         needs.add_row(*row)
-    return Group(tensors, needs, *(escape(line) for line in foresight.remarks()))
+    return Group(tensors, needs, *(escape(line) for line in estimate.remarks()))
 
 
 @app.command("import-mergekit")

@@ -12,26 +12,26 @@ and hosts, `execute` leads, `journal` and `staging` make an interrupted merge go
 """
 
 from modelweld.engine.execute import Execution, execute, execute_together
-from modelweld.engine.executors.placement import Placement, place
-from modelweld.engine.output.staging import publish, refuse_foreign, staged
+from modelweld.engine.executors.placement import DevicePlacement, place
+from modelweld.engine.output.staging import publish, require_replaceable, staged
 from modelweld.engine.plan.inputs import Inputs, open_inputs
 from modelweld.engine.plan.planner import build
 from modelweld.engine.plan.records import Plan, TensorPlan
-from modelweld.engine.progress import Watcher
+from modelweld.engine.progress import Progress
 
 __all__ = [
+    "DevicePlacement",
     "Execution",
     "Inputs",
-    "Placement",
     "Plan",
+    "Progress",
     "TensorPlan",
-    "Watcher",
     "build",
     "execute",
     "execute_together",
     "open_inputs",
     "place",
     "publish",
-    "refuse_foreign",
+    "require_replaceable",
     "staged",
 ]

@@ -13,29 +13,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelweld.checkpoints.shards import disk_errors
-from modelweld.engine.executors.cluster import make_on_cluster
-from modelweld.engine.executors.placement import Placement
-from modelweld.engine.executors.processes import make_in_processes
-from modelweld.engine.executors.threads import make_in_threads
-from modelweld.engine.output.journal import Finished
+from modelweld.engine.executors.cluster import run_on_cluster
+from modelweld.engine.executors.placement import DevicePlacement
+from modelweld.engine.executors.processes import run_in_processes
+from modelweld.engine.executors.threads import run_in_threads
+from modelweld.engine.output.journal import TensorRecord
 from modelweld.engine.output.shards import Output, Syncer
 from modelweld.engine.output.side_files import write_beside
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import Plan
-from modelweld.engine.progress import Silent, Watcher
+from modelweld.engine.progress import NullProgress, Progress
 
 
 @dataclass
 class Execution:
     """What happened: every tensor's record, how many were taken over from an earlier attempt, seconds by phase.
 
-    `helpers_peak_bytes` is the memory that other processes have had at their peaks, together.
+    `workers_peak_bytes` is the summed peak memory of the worker processes.
     """
 
-    finished: dict[str, Finished]
+    finished: dict[str, TensorRecord]
     resumed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    helpers_peak_bytes: int = 0
+    workers_peak_bytes: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -53,10 +53,10 @@ def execute(
     inputs: Inputs,
     directory: Path,
     *,
-    placement: Placement,
+    placement: DevicePlacement,
     threads: int | None = None,
     memory_limit: int | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> Execution:
     """Write the plan's weights, heads and side files into `<directory>/tree`, going on from its journal.
 
@@ -64,7 +64,7 @@ def execute(
     `threads` nor on how many processes the placement makes.
     """
     (execution,) = execute_together(
-        [(plan, directory)], inputs, placement=placement, threads=threads, memory_limit=memory_limit, watcher=watcher
+        [(plan, directory)], inputs, placement=placement, threads=threads, memory_limit=memory_limit, progress=progress
     )
     return execution
 
@@ -73,21 +73,21 @@ def execute_together(
     candidates: Sequence[tuple[Plan, Path]],
     inputs: Inputs,
     *,
-    placement: Placement,
+    placement: DevicePlacement,
     threads: int | None = None,
     memory_limit: int | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> list[Execution]:
     """As `execute`, for plans over the same inputs, each with its directory: what they share is done once.
 
     A weight is made for all plans in turn, while it is in memory and its joint basis is known; where plans agree on a
     tensor it is made once and copied. The bytes are those of separate executions.
     """
-    watcher = watcher or Silent()
+    progress = progress or NullProgress()
     count = placement.threads_each(threads)
     limit = placement.limit_each(memory_limit)
     first = candidates[0][0]
-    watcher.begin(first.read_bytes, len(first.tensors))
+    progress.begin(first.read_bytes, len(first.tensors))
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(candidates[0][1]))
         started, peak = time.perf_counter(), 0
@@ -99,28 +99,28 @@ def execute_together(
         pending = []
         for tensor in first.tensors:
             if all(tensor.name in output.finished for output in outputs):
-                watcher.advance(tensor.read_bytes)
-                watcher.finished(tensor.name)
+                progress.advance(tensor.read_bytes)
+                progress.finished(tensor.name)
             else:
                 pending.append(tensor)
         if placement.ray is not None and pending:
-            peak = make_on_cluster(outputs, inputs, pending, placement, threads, memory_limit, watcher)
+            peak = run_on_cluster(outputs, inputs, pending, placement, threads, memory_limit, progress)
         elif len(placement.devices) > 1 and pending:
-            peak = make_in_processes(outputs, inputs, pending, placement.devices, count, limit, watcher)
+            peak = run_in_processes(outputs, inputs, pending, placement.devices, count, limit, progress)
         else:
-            make_in_threads(
+            run_in_threads(
                 outputs,
                 inputs,
                 pending,
                 device=placement.devices[0],
                 threads=count,
                 memory_limit=limit,
-                watcher=watcher,
+                progress=progress,
             )
         merged = time.perf_counter()
         for output in outputs:
             write_beside(output.plan, inputs, output.tree)
-        watcher.advance(sum(head.bytes for head in first.heads))
+        progress.advance(sum(head.bytes for head in first.heads))
         syncer.wait()
         seconds = {"prepare": prepared - started, "merge": merged - prepared, "sync": time.perf_counter() - merged}
     return [Execution(dict(sorted(output.finished.items())), output.kept, seconds, peak) for output in outputs]

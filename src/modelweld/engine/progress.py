@@ -1,15 +1,15 @@
-"""Who is told how far a merge is."""
+"""Progress of a merge, as the engine reports it."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Watcher(Protocol):
-    """Who is told how far a merge is; called from several threads."""
+class Progress(Protocol):
+    """What a merge reports its progress to; called from several threads."""
 
     def begin(self, size_bytes: int, tensors: int) -> None:
-        """So much is to be read, for so many tensors."""
+        """The merge begins: bytes to read, and tensors to write."""
 
     def advance(self, size_bytes: int) -> None:
         """More input has been read."""
@@ -18,14 +18,14 @@ class Watcher(Protocol):
         """A tensor is written and journalled."""
 
 
-class Silent:
-    """A watcher that says nothing."""
+class NullProgress:
+    """Progress that is not reported."""
 
     def begin(self, size_bytes: int, tensors: int) -> None:
-        """Say nothing."""
+        """Ignored."""
 
     def advance(self, size_bytes: int) -> None:
-        """Say nothing."""
+        """Ignored."""
 
     def finished(self, tensor: str) -> None:
-        """Say nothing."""
+        """Ignored."""

@@ -25,7 +25,7 @@ from modelweld.checkpoints.loading import HEAD_WEIGHTS, HEADS
 from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe
 from modelweld.engine.execute import Execution
-from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.journal import TensorRecord
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import Plan, TensorPlan
 from modelweld.errors import CheckpointError
@@ -167,7 +167,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     return document
 
 
-def _tensor(tensor: TensorPlan, entry: Finished) -> dict[str, Any]:
+def _tensor(tensor: TensorPlan, entry: TensorRecord) -> dict[str, Any]:
     document = tensor.document()
     del document["name"]
     document |= {"digest": entry.digest, "delta_survival": entry.survival, "delta_norm": entry.delta_norm}
@@ -215,7 +215,7 @@ def _head(directory: Path, model: str) -> dict[str, Any]:
     return {"model": model, "tensors": tensors}
 
 
-def _survival(finished: Mapping[str, Finished]) -> dict[str, float] | None:
+def _survival(finished: Mapping[str, TensorRecord]) -> dict[str, float] | None:
     """Over all tensors that were merged into a base: the norm-weighted share of the delta that rounding left."""
     known = [entry for entry in finished.values() if entry.survival is not None and entry.delta_norm]
     if not known:

@@ -17,13 +17,13 @@ from typing import Any
 from modelweld.config import Recipe
 from modelweld.config.loading import check_recipe
 from modelweld.engine import (
-    Watcher,
+    Progress,
     build,
     execute_together,
     open_inputs,
     place,
     publish,
-    refuse_foreign,
+    require_replaceable,
     staged,
 )
 from modelweld.errors import ConfigError
@@ -42,7 +42,7 @@ def merge_grid(
     executor: str = "local",
     threads: int | None = None,
     memory_limit: int | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, MergeReport]:
     """Weld every combination of the grid's values into `<out>/<key>/`; the reports by key (`drop_rate=0.5_scale=1`).
 
@@ -57,7 +57,7 @@ def merge_grid(
     recipes = candidates(recipe, grid)
     root = Path(out)
     for key in recipes:
-        refuse_foreign(root / key)
+        require_replaceable(root / key)
     placement, started = place(device, executor), time.perf_counter()
     reports: dict[str, MergeReport] = {}
     with open_inputs(recipe) as inputs, contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ def merge_grid(
             placement=placement,
             threads=threads,
             memory_limit=memory_limit,
-            watcher=watcher,
+            progress=progress,
         )
         for (key, candidate), execution in zip(recipes.items(), executions, strict=True):
             executed, tree = time.perf_counter(), places[key] / "tree"

@@ -17,13 +17,13 @@ from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.engine import (
     Execution,
     Plan,
-    Watcher,
+    Progress,
     build,
     execute,
     open_inputs,
     place,
     publish,
-    refuse_foreign,
+    require_replaceable,
     staged,
 )
 from modelweld.engine.cost.memory import peak_resident
@@ -67,7 +67,7 @@ def merge(
     executor: str = "local",
     threads: int | None = None,
     memory_limit: int | None = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     staging: Path | None = None,
     card: bool = True,
@@ -88,7 +88,7 @@ def merge(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
     out = Path(out)
-    refuse_foreign(out)
+    require_replaceable(out)
     placement = place(device, executor)
     started = time.perf_counter()
     with open_inputs(recipe) as inputs:
@@ -112,7 +112,7 @@ def merge(
                 placement=placement,
                 threads=threads,
                 memory_limit=memory_limit,
-                watcher=watcher,
+                progress=progress,
             )
             executed = time.perf_counter()
             tree = directory / "tree"
@@ -162,7 +162,7 @@ def merge_baselines(params_file: Path, root: Path) -> dict[str, Any]:
     directory = root / "baselines"
     directory.mkdir(exist_ok=True)
     for stale in sorted(set(directory.iterdir()) - {directory / name for name in params.baselines}):
-        refuse_foreign(stale)
+        require_replaceable(stale)
         shutil.rmtree(stale)
     reports = {}
     for name in params.baselines:
@@ -225,5 +225,5 @@ def report_of(
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         seconds=seconds,
-        peak_memory_bytes=peak_resident() + execution.helpers_peak_bytes,
+        peak_memory_bytes=peak_resident() + execution.workers_peak_bytes,
     )

@@ -17,7 +17,7 @@ import torch
 
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.config.loading import is_params
-from modelweld.engine import Inputs, Plan, build, open_inputs, place, refuse_foreign
+from modelweld.engine import Inputs, Plan, build, open_inputs, place, require_replaceable
 from modelweld.engine.cost.estimate import calibrate, existing_parent, flops, peak_memory, seconds
 from modelweld.engine.cost.memory import peak_resident, working_bytes
 from modelweld.engine.plan.records import dtype_name
@@ -32,8 +32,8 @@ _GB = 1e9
 
 
 @dataclass(frozen=True)
-class Foresight:
-    """A plan with its price: bytes needed and there, expected seconds.
+class PlanEstimate:
+    """A plan and what it takes: bytes needed and available, expected seconds.
 
     `fetch` are the bytes of sources that are not here yet, by entry of the lock, and `seen` where each of their models
     was looked at. `baseline_bytes` is what the baselines of a pipeline write, `cache_bytes` the second copy of a
@@ -193,7 +193,7 @@ def plan(
     *,
     threads: int | None = None,
     memory_limit: int | None = None,
-) -> Foresight:
+) -> PlanEstimate:
     """What `merge` would do with a recipe (or the `merge:` of a params.yaml), and what it would take on this machine.
 
     Models of a params.yaml need not be fetched: the headers of their weights are read where they are. Raises what
@@ -201,12 +201,12 @@ def plan(
     """
     out = Path(out)
     if isinstance(recipe, Recipe):
-        return _foresee(recipe, out, device, threads, memory_limit)
+        return _estimate_plan(recipe, out, device, threads, memory_limit)
     recipe = Path(recipe)
     if not is_params(recipe):
-        return _foresee(load_recipe(recipe), out, device, threads, memory_limit)
+        return _estimate_plan(load_recipe(recipe), out, device, threads, memory_limit)
     with sighted(load_params(recipe), recipe.parent) as sighting:
-        merge = _foresee(sighting.recipe, out, device, threads, memory_limit)
+        merge = _estimate_plan(sighting.recipe, out, device, threads, memory_limit)
         baselines = sum(_written(baseline) for baseline in sighting.baselines.values())
     # A stage's output lies beside DVC's copy of it until it is linked: one output at a time.
     second = max([*sighting.fetch.values(), merge.plan.write_bytes, baselines])
@@ -235,8 +235,10 @@ def _alignment_cost(recipe: Recipe, built: Plan, inputs: Inputs) -> AlignmentCos
     return alignment_cost(recipe, built, inputs, Path())
 
 
-def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory_limit: int | None) -> Foresight:
-    refuse_foreign(out)
+def _estimate_plan(
+    recipe: Recipe, out: Path, device: str, threads: int | None, memory_limit: int | None
+) -> PlanEstimate:
+    require_replaceable(out)
     placement = place(device)
     processes, each = len(placement.devices), placement.threads_each(threads)
     before = torch.get_num_threads()
@@ -253,7 +255,7 @@ def _foresee(recipe: Recipe, out: Path, device: str, threads: int | None, memory
     working = max((working_bytes(tensor, experts, placement.kind) for tensor in built.tensors), default=0)
     limit = placement.limit_each(memory_limit)
     merging = processes * peak_memory(built, experts, each, peak_resident(), limit, placement.kind)
-    return Foresight(
+    return PlanEstimate(
         plan=built,
         experts=experts,
         device=device if processes > 1 else str(placement.devices[0]),

@@ -145,7 +145,7 @@ KILLED = """
             if self.left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    merge(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), threads=2, watcher=Killer())
+    merge(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), threads=2, progress=Killer())
 """
 
 
@@ -171,7 +171,7 @@ def test_a_journalled_tensor_with_other_bytes_is_done_again(tmp_path: Path) -> N
     merge(recipe(root, "average"), tmp_path / "undisturbed")
 
     with pytest.raises(Stop):
-        merge(recipe(root, "average"), tmp_path / "out", threads=1, watcher=Stopper("model.norm.weight"))
+        merge(recipe(root, "average"), tmp_path / "out", threads=1, progress=Stopper("model.norm.weight"))
     (journal,) = (tmp_path / ".modelweld-staging").glob("*/journal")
     lines = journal.read_bytes()
     recorded = [json.loads(line)["tensor"] for line in lines.splitlines()]
@@ -506,8 +506,8 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
 
 def test_a_plan_says_what_a_merge_then_does(tmp_path: Path) -> None:
     root = write_family(tmp_path)
-    foresight = plan(recipe(root, "drm"), tmp_path / "out", threads=2)
-    document = foresight.document()
+    estimate = plan(recipe(root, "drm"), tmp_path / "out", threads=2)
+    document = estimate.document()
     merge(recipe(root, "drm"), tmp_path / "out")
     written = manifest.read(tmp_path / "out")["tensors"]
     assert {t["name"]: (t["method"], t["dtype"], t["reason"]) for t in document["tensors"]} == {
@@ -516,18 +516,18 @@ def test_a_plan_says_what_a_merge_then_does(tmp_path: Path) -> None:
     assert document["shards"] == {"model.safetensors": (tmp_path / "out" / "model.safetensors").stat().st_size}
     assert document["fits"]
     assert document["needs"]["seconds"] > 0
-    foresight.require_fit()
+    estimate.require_fit()
 
 
 def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:
     import dataclasses
 
     root = write_family(tmp_path)
-    foresight = plan(recipe(root, "average"), tmp_path / "out")
+    estimate = plan(recipe(root, "average"), tmp_path / "out")
     with pytest.raises(DiskFull, match="are free"):
-        dataclasses.replace(foresight, disk_free=1).require_fit()
+        dataclasses.replace(estimate, disk_free=1).require_fit()
     with pytest.raises(MergeError, match="of memory"):
-        dataclasses.replace(foresight, memory_available=1).require_fit()
+        dataclasses.replace(estimate, memory_available=1).require_fit()
 
 
 def test_the_command_reports_and_refuses_with_the_designed_codes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from modelweld.config import Recipe
-from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.journal import TensorRecord
 from modelweld.engine.output.shards import Output
 from modelweld.errors import CheckpointError, ConfigError, ExternalError
 from modelweld.stages.merge import merge
@@ -63,7 +63,7 @@ def test_bytes_that_other_hosts_wrote_must_have_arrived(tmp_path: Path) -> None:
     root = write_family(tmp_path)
     with open_inputs(recipe(root, "average")) as inputs, contextlib.ExitStack() as stack:
         output = Output.resumed(build(recipe(root, "average"), inputs), tmp_path, 1, stack)
-        output.record(Finished("model.norm.weight", "0" * 64, {}))
+        output.record(TensorRecord("model.norm.weight", "0" * 64, {}))
         with pytest.raises(ExternalError, match=r"1 tensors are not here as a task wrote them, first model\.norm"):
             output.require_arrived(1)
 
@@ -86,7 +86,7 @@ def test_a_cluster_writes_the_bytes_of_one_process(tmp_path: Path, cluster: None
     root = write_family(tmp_path, SHAPES)
     watched = Counted()
     merge(sharded(root, "drm"), tmp_path / "here")
-    merge(sharded(root, "drm"), tmp_path / "there", executor="ray", watcher=watched)
+    merge(sharded(root, "drm"), tmp_path / "there", executor="ray", progress=watched)
     assert len(list((tmp_path / "there").glob("*.safetensors"))) == 3
     assert tree_bytes(tmp_path / "here") == tree_bytes(tmp_path / "there")
     assert sorted(watched.tensors) == sorted(SHAPES)
@@ -119,7 +119,7 @@ def test_a_cluster_goes_on_where_it_was(tmp_path: Path, cluster: None) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        merge(sharded(root, "drm"), tmp_path / "out", executor="ray", watcher=Stopper())
+        merge(sharded(root, "drm"), tmp_path / "out", executor="ray", progress=Stopper())
     assert not (tmp_path / "out").exists()
     report = merge(sharded(root, "drm"), tmp_path / "out", executor="ray")
     assert report.resumed >= 1

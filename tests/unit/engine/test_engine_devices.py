@@ -18,7 +18,7 @@ from modelweld.engine import build, open_inputs
 from modelweld.engine.cost.memory import working_bytes
 from modelweld.engine.run import chunks, worker
 from modelweld.engine.run.chunks import on_device
-from modelweld.engine.run.device_stream import LEAST, Lane
+from modelweld.engine.run.device_stream import LEAST, DeviceStream
 from modelweld.errors import ExternalError
 from modelweld.lineage import manifest
 from modelweld.methods.method import Method, TensorContext
@@ -38,7 +38,7 @@ LARGE = "model.embed_tokens.weight"
 MATRIX = "model.layers.0.mlp.down_proj.weight"
 
 
-class Moving(Lane):
+class Moving(DeviceStream):
     """A lane that copies although its device is the host, and counts what is under way."""
 
     most = 0
@@ -49,18 +49,18 @@ class Moving(Lane):
         self.kind, self.block = "elsewhere", self.chunk
         self._flying = 0
 
-    def land(self) -> None:
+    def synchronize(self) -> None:
         Moving.most = max(Moving.most, self._flying)
         self._flying -= 1
 
-    def issuing(self) -> Any:
+    def submit(self) -> Any:
         self._flying += 1
-        return super().issuing()
+        return super().submit()
 
 
 def move(patch: pytest.MonkeyPatch, chunk: int) -> None:
     """Let every worker's lane move, in chunks of so many elements."""
-    patch.setattr(worker, "Lane", Moving)
+    patch.setattr(worker, "DeviceStream", Moving)
     patch.setattr(worker, "DEVICE_CHUNK", chunk)
     patch.setattr(Moving, "chunk", chunk)
     patch.setattr(Moving, "most", 0)
@@ -114,7 +114,7 @@ def test_a_device_without_any_room_is_an_error_that_says_so() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "method", lambda name: double)
         context = TensorContext("layer.weight", (), ("a", "b"), finite=True)
-        combine = on_device(TaskArithmetic(), [1.0, 1.0], context, Lane(CPU))
+        combine = on_device(TaskArithmetic(), [1.0, 1.0], context, DeviceStream(CPU))
     with pytest.raises(ExternalError, match=f"out of memory with {LEAST} elements at once") as caught:
         combine(torch.ones(2, 5 * LEAST), torch.ones(5 * LEAST), 0)
     assert caught.value.hint is not None

@@ -99,7 +99,7 @@ def test_what_was_recorded_before_an_interruption_is_recorded_after_it(tmp_path:
     root = write_family(tmp_path)
 
     with pytest.raises(Stop):
-        merge(recipe(root, "drm"), tmp_path / "out", threads=1, watcher=Stopper(MATRIX))
+        merge(recipe(root, "drm"), tmp_path / "out", threads=1, progress=Stopper(MATRIX))
     assert merge(recipe(root, "drm"), tmp_path / "out").resumed > 0
     assert of(tmp_path / "out").keys() == KEYS
 

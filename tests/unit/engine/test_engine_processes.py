@@ -20,7 +20,7 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.config import load_recipe
 from modelweld.engine import build, open_inputs, place
 from modelweld.engine.executors.job import Failure
-from modelweld.engine.executors.partition import shares
+from modelweld.engine.executors.partition import partition
 from modelweld.errors import CheckpointError, ConfigError, MergeError
 from modelweld.lineage import manifest
 from modelweld.stages.grid import merge_grid
@@ -36,7 +36,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path, method: str) -> No
     asked = recipe(root, method, output={"shard_bytes": 1_000_000})
     watched = Counted()
     merge(asked, tmp_path / "one", "cpu", threads=2)
-    merge(asked, tmp_path / "two", "cpu,cpu", threads=2, watcher=watched)
+    merge(asked, tmp_path / "two", "cpu,cpu", threads=2, progress=watched)
     assert tree_bytes(tmp_path / "one") == tree_bytes(tmp_path / "two")
     assert sorted(watched.tensors) == sorted(SHAPES)
     assert watched.read == watched.total
@@ -72,7 +72,7 @@ def test_an_error_that_cannot_be_pickled_still_says_what_happened() -> None:
         pass
 
     with pytest.raises(RuntimeError, match="Local: the matter") as caught:
-        pickle.loads(pickle.dumps(Failure.of(Local("the matter")))).again()  # noqa: S301
+        pickle.loads(pickle.dumps(Failure.of(Local("the matter")))).reraise()  # noqa: S301
     assert "Local: the matter" in str(caught.value.__cause__)
 
 
@@ -116,30 +116,30 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the helpers in Linux' /proc")
-@pytest.mark.parametrize("ending", ["helper killed", "leader killed", "interrupted"])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in Linux' /proc")
+@pytest.mark.parametrize("ending", ["worker killed", "coordinator killed", "interrupted"])
 def test_however_a_process_ends_nothing_is_lost_or_left_behind(tmp_path: Path, slow: Path, ending: str) -> None:
     out = str(tmp_path / "out")
     command = [sys.executable, "-m", "modelweld", "merge", "recipe.yaml", out, "--device", "cpu,cpu"]
-    leader = subprocess.Popen(command, cwd=slow, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    coordinator = subprocess.Popen(command, cwd=slow, stderr=subprocess.PIPE, text=True, start_new_session=True)
     journals = tmp_path / ".modelweld-staging"
-    wait_until(lambda: any(f.stat().st_size for f in journals.glob("*/journal.[12]")), "a helper had made a tensor")
-    helpers = helpers_of(leader.pid)
-    assert len(helpers) == 2
-    if ending == "helper killed":
-        os.kill(helpers[0], signal.SIGKILL)
-    elif ending == "leader killed":
-        leader.kill()
+    wait_until(lambda: any(f.stat().st_size for f in journals.glob("*/journal.[12]")), "a worker had made a tensor")
+    workers = helpers_of(coordinator.pid)
+    assert len(workers) == 2
+    if ending == "worker killed":
+        os.kill(workers[0], signal.SIGKILL)
+    elif ending == "coordinator killed":
+        coordinator.kill()
     else:
-        os.killpg(leader.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, words = leader.communicate(timeout=60)
-    wait_until(lambda: all(map(gone, helpers)), "the helpers were gone")
-    if ending == "helper killed":
-        assert leader.returncode == 3
+        os.killpg(coordinator.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, words = coordinator.communicate(timeout=60)
+    wait_until(lambda: all(map(gone, workers)), "the workers were gone")
+    if ending == "worker killed":
+        assert coordinator.returncode == 3
         assert "the process on cpu was ended by SIGKILL before its share was done" in words
         assert "what was finished is kept" in words
     elif ending == "interrupted":
-        assert leader.returncode == 130
+        assert coordinator.returncode == 130
     assert "Traceback" not in words
     assert not (tmp_path / "out").exists()
     report = merge(load_recipe(slow / "recipe.yaml"), tmp_path / "out", threads=2)
@@ -162,7 +162,7 @@ def test_processes_go_on_where_one_was(tmp_path: Path) -> None:
 
     for device in ("cpu", "cpu,cpu"):
         with pytest.raises(Stop):
-            merge(recipe(root, "drm"), tmp_path / "out", device, threads=2, watcher=Stopper())
+            merge(recipe(root, "drm"), tmp_path / "out", device, threads=2, progress=Stopper())
     report = merge(recipe(root, "drm"), tmp_path / "out", "cpu,cpu")
     assert report.resumed >= 3
     assert manifest.verify(tmp_path / "out") == []
@@ -173,15 +173,15 @@ def test_shares_are_balanced_complete_and_always_the_same(tmp_path: Path) -> Non
     with open_inputs(recipe(root, "drm")) as inputs:
         tensors = build(recipe(root, "drm"), inputs).tensors
     for count in (1, 2, 3, 7, 40):
-        cut = shares(tensors, 3, count)
+        cut = partition(tensors, 3, count)
         assert len(cut) == min(count, len(tensors))
         assert all(cut)
         assert sorted(t.name for share in cut for t in share) == sorted(t.name for t in tensors)
         assert all(share == [t for t in tensors if t in share] for share in cut), "in the order of the files"
-        assert cut == shares(tensors, 3, count)
-    sizes = [sum(t.read_bytes for t in share) for share in shares(tensors, 3, 3)]
+        assert cut == partition(tensors, 3, count)
+    sizes = [sum(t.read_bytes for t in share) for share in partition(tensors, 3, 3)]
     assert max(sizes) < 1.1 * min(sizes)
-    assert shares([], 3, 2) == []
+    assert partition([], 3, 2) == []
 
 
 def test_devices_and_executors_that_cannot_be_are_refused() -> None:

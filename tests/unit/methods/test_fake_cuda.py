@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from modelweld.engine.plan.records import Packing
 from modelweld.engine.run.chunks import on_device
-from modelweld.engine.run.device_stream import Lane
+from modelweld.engine.run.device_stream import DeviceStream
 from modelweld.engine.run.packing import merge_packed
 from modelweld.methods import LowRank, drm
 from modelweld.methods.method import TensorContext
@@ -132,7 +132,7 @@ def test_a_sweep_does_not_wait_for_the_device(fake: FakeTensorMode) -> None:
 def test_no_chunk_waits_on_its_way_to_the_device_and_back(fake: FakeTensorMode, name: str) -> None:
     chosen = method(name)
     with fake:
-        lane = Lane(CUDA)
+        lane = DeviceStream(CUDA)
         combine = on_device(chosen.parameters(), [1.0] * 3, context(3), lane)
         for start in (0, 4096):
             merged = combine(torch.empty(3, 4096), torch.empty(4096 if chosen.needs_base else 0), start)
@@ -148,12 +148,12 @@ def test_no_weight_waits_on_its_way_to_the_device_and_back(
     chosen = method(name)
     tensor = SimpleNamespace(transposed=packing is None, packing=packing)
     with fake:
-        lane, whole = Lane(CUDA), context(3)
-        with lane.issuing():
-            sent = lane.send(torch.empty(3, 40, 24))
+        lane, whole = DeviceStream(CUDA), context(3)
+        with lane.submit():
+            sent = lane.to_device(torch.empty(3, 40, 24))
             merged = merge_packed(chosen, chosen.parameters(), sent, tensor, [1.0] * 3, whole)  # type: ignore[arg-type]
             assert merged.device == CUDA
-            back = lane.bring(merged)
+            back = lane.to_host(merged)
         assert (back.device.type, back.shape) == ("cpu", (40, 24))
         if name == "drm":
             assert whole.diagnostics.keys() == {"rank", "direction", "kept_share", "sign_conflicts"}

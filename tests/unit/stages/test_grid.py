@@ -76,7 +76,7 @@ def test_an_interrupted_grid_goes_on(tmp_path: Path) -> None:
     grid = {"drop_rate": [0.5, 0.8]}
     with pytest.raises(Stop):
         merge_grid(
-            recipe(root, "drm"), grid, root / "grid", threads=1, watcher=Stopper("model.layers.1.mlp.down_proj.weight")
+            recipe(root, "drm"), grid, root / "grid", threads=1, progress=Stopper("model.layers.1.mlp.down_proj.weight")
         )
     assert not [path for path in (root / "grid").iterdir() if not path.name.startswith(".")]
     reports = merge_grid(recipe(root, "drm"), grid, root / "grid")

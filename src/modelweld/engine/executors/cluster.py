@@ -1,4 +1,4 @@
-"""A merge on a Ray cluster: the output shard is the unit, each one task, on a file system that all hosts share.
+"""A merge on a Ray cluster: one task per output shard, on a file system that all hosts share.
 
 modelweld merge recipe.yaml /shared/merged --executor ray:10.0.0.1:6379
 """
@@ -16,28 +16,28 @@ from dataclasses import replace
 from typing import Any
 
 from modelweld.engine.cost.memory import peak_resident
-from modelweld.engine.executors.job import Made, Share, Task, make_share
-from modelweld.engine.executors.placement import Placement, resolve_device
+from modelweld.engine.executors.job import Made, Partition, WorkerJob, run_partition
+from modelweld.engine.executors.placement import DevicePlacement, resolve_device
 from modelweld.engine.output.shards import Output
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import TensorPlan
-from modelweld.engine.progress import Watcher
+from modelweld.engine.progress import Progress
 from modelweld.errors import ConfigError, ExternalError
 
 _ANSWER_S = 10.0
-_HOSTS_LOST = 2  # how often a shard is begun again because its host went away
+_HOSTS_LOST = 2  # how often a shard is retried after its host was lost
 
 
-def make_on_cluster(
+def run_on_cluster(
     outputs: Sequence[Output],
     inputs: Inputs,
     pending: Sequence[TensorPlan],
-    placement: Placement,
+    placement: DevicePlacement,
     threads: int | None,
     memory_limit: int | None,
-    watcher: Watcher,
+    progress: Progress,
 ) -> int:
-    """Make the pending tensors, one task a shard; what Ray's processes took at their peaks, together, in bytes.
+    """Merge the pending tensors, one Ray task per shard. Returns the summed peak memory of the workers, in bytes.
 
     Each task has `threads` (by default its part of the cluster's cores) and may take `memory_limit`. The first error of
     any cancels the others and is raised here; ExternalError for a cluster that does not answer or gives a task up, and
@@ -50,12 +50,12 @@ def make_on_cluster(
     with _cluster(placement.ray or "") as ray:
         each = threads or _cores(ray, len(shards))
         run = ray.remote(num_cpus=each, num_gpus=int(placement.kind == "cuda"), max_retries=_HOSTS_LOST)(_shard)
-        told = ray.put(pickle.dumps(Task.of(outputs, inputs)))
+        payload = ray.put(pickle.dumps(WorkerJob.of(outputs, inputs)))
         running = {}
         for file, tensors in shards.items():
             names = frozenset(tensor.name for tensor in tensors)
-            share = Share(names, placement.devices[0], each, memory_limit, f"journal.{file}")
-            running[run.options(name=f"merge {file}").remote(told, share)] = tensors
+            share = Partition(names, placement.devices[0], each, memory_limit, f"journal.{file}")
+            running[run.options(name=f"merge {file}").remote(payload, share)] = tensors
         try:
             while running:
                 for done in ray.wait(list(running))[0]:
@@ -63,8 +63,8 @@ def make_on_cluster(
                     for number, entry in made:
                         outputs[number].record(entry)
                     for tensor in running.pop(done):
-                        watcher.advance(tensor.read_bytes)
-                        watcher.finished(tensor.name)
+                        progress.advance(tensor.read_bytes)
+                        progress.finished(tensor.name)
                     peaks[worker] = peak
         finally:
             for reference in running:
@@ -74,20 +74,20 @@ def make_on_cluster(
     return sum(peaks.values())
 
 
-def _shard(told: bytes, share: Share) -> tuple[Made, str, int]:
-    """What a Ray task does: the records of its shard, which process made it, and that one's peak of memory so far."""
+def _shard(payload: bytes, share: Partition) -> tuple[Made, str, int]:
+    """The work of a Ray task: returns the records of its shard, its worker's id, and that worker's peak memory."""
     import ray
 
-    task: Task = pickle.loads(told)  # noqa: S301 - from the process that began this task
+    task: WorkerJob = pickle.loads(payload)  # noqa: S301 - from the process that began this task
     # Two attempts at a shard may overlap when a host only seemed gone: each writes in a journal of its own.
     own = replace(share, device=resolve_device(str(share.device)), journal=f"{share.journal}.{uuid.uuid4().hex}")
     kept = _Kept()
-    make_share(task, own, kept, sync=True)
+    run_partition(task, own, kept, sync=True)
     return kept.entries, ray.get_runtime_context().get_worker_id(), peak_resident()
 
 
 class _Kept:
-    """Who keeps what was made, for when the task is done."""
+    """Collects the records until the task returns them."""
 
     def __init__(self) -> None:
         self.entries: Made = []
@@ -102,7 +102,7 @@ class _Kept:
 
 @contextlib.contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """Ray, connected; one that this merge has connected or started is let go at the end. Its errors become ours."""
+    """Ray, connected; shut down at the end if this merge connected it. Its errors become ModelweldErrors."""
     address = address or os.environ.get("RAY_ADDRESS", "")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:

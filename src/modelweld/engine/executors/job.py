@@ -1,4 +1,4 @@
-"""A share of a merge, made by another process: what it is told, what it does, and how its failure comes back whole."""
+"""A partition of a merge that another process makes: its description, the work itself, and how its error comes back."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from typing import NoReturn, Protocol
 import torch
 
 from modelweld.checkpoints.shards import disk_errors
-from modelweld.engine.executors.threads import make_in_threads
-from modelweld.engine.output.journal import Finished
+from modelweld.engine.executors.threads import run_in_threads
+from modelweld.engine.output.journal import TensorRecord
 from modelweld.engine.output.shards import Output
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import Plan
 
-Made = list[tuple[int, Finished]]
+Made = list[tuple[int, TensorRecord]]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What all helpers are told: the plans, their directories, what of them is there, and the inputs.
+class WorkerJob:
+    """What every worker gets: the plans, their directories, what is finished, and the inputs.
 
-    Pickled, the inputs are opened again where the task lands.
+    The inputs are pickled by path and opened again in the worker.
     """
 
     candidates: tuple[tuple[Plan, Path], ...]
     inputs: Inputs
-    finished: tuple[Mapping[str, Finished], ...]
+    finished: tuple[Mapping[str, TensorRecord], ...]
 
     @classmethod
-    def of(cls, outputs: Sequence[Output], inputs: Inputs) -> Task:
-        """The task of filling what these outputs lack."""
-        # A helper may work in another directory.
+    def of(cls, outputs: Sequence[Output], inputs: Inputs) -> WorkerJob:
+        """The job of completing these outputs."""
+        # A worker may work in another directory.
         candidates = tuple((output.plan, output.directory.absolute()) for output in outputs)
         return cls(candidates, inputs, tuple(dict(output.finished) for output in outputs))
 
 
 @dataclass(frozen=True)
-class Share:
-    """One helper's part: tensors by name, made on one device, journalled in a file of its own."""
+class Partition:
+    """One worker's part: tensors by name, merged on one device, with a journal of its own."""
 
     names: frozenset[str]
     device: torch.device
@@ -52,8 +52,8 @@ class Share:
     journal: str
 
 
-class Leader(Protocol):
-    """Who is told how far a share is; called from several threads."""
+class Coordinator(Protocol):
+    """What a worker reports to; called from several threads."""
 
     def advance(self, size_bytes: int) -> None:
         """More input has been read."""
@@ -62,8 +62,8 @@ class Leader(Protocol):
         """A tensor is written and journalled: its record for each plan that lacked it, by the plan's number."""
 
 
-def make_share(task: Task, share: Share, leader: Leader, *, sync: bool = False) -> None:
-    """Make the share's tensors; with `sync`, what was written is on the disk at the end."""
+def run_partition(task: WorkerJob, share: Partition, coordinator: Coordinator, *, sync: bool = False) -> None:
+    """Merge the partition's tensors; with `sync`, the written bytes are synced to disk at the end."""
     with contextlib.ExitStack() as stack:
         for checkpoint in (task.inputs.reference, *(expert.checkpoint for expert in task.inputs.experts)):
             stack.enter_context(checkpoint)
@@ -72,14 +72,14 @@ def make_share(task: Task, share: Share, leader: Leader, *, sync: bool = False) 
             Output.joined(plan, directory, finished, share.journal, stack)
             for (plan, directory), finished in zip(task.candidates, task.finished, strict=True)
         ]
-        make_in_threads(
+        run_in_threads(
             outputs,
             task.inputs,
             [tensor for tensor in task.candidates[0][0].tensors if tensor.name in share.names],
             device=share.device,
             threads=share.threads,
             memory_limit=share.memory_limit,
-            watcher=_Relay(leader, outputs, task.finished),
+            progress=_Relay(coordinator, outputs, task.finished),
         )
         if sync:
             for output in outputs:
@@ -88,28 +88,32 @@ def make_share(task: Task, share: Share, leader: Leader, *, sync: bool = False) 
 
 
 class _Relay:
-    """A watcher that hands the records of finished tensors on."""
+    """Progress that forwards the records of finished tensors to the coordinator."""
 
-    def __init__(self, leader: Leader, outputs: Sequence[Output], before: Sequence[Mapping[str, Finished]]) -> None:
+    def __init__(
+        self, coordinator: Coordinator, outputs: Sequence[Output], before: Sequence[Mapping[str, TensorRecord]]
+    ) -> None:
         self._outputs, self._before = outputs, before
-        self._leader = leader
+        self._coordinator = coordinator
 
     def begin(self, size_bytes: int, tensors: int) -> None:
-        """The leader knows."""
+        """The coordinator knows the totals."""
 
     def advance(self, size_bytes: int) -> None:
         """More input has been read."""
-        self._leader.advance(size_bytes)
+        self._coordinator.advance(size_bytes)
 
     def finished(self, tensor: str) -> None:
         """A tensor is written."""
         pairs = enumerate(zip(self._outputs, self._before, strict=True))
-        self._leader.made(tensor, [(k, output.finished[tensor]) for k, (output, had) in pairs if tensor not in had])
+        self._coordinator.made(
+            tensor, [(k, output.finished[tensor]) for k, (output, had) in pairs if tensor not in had]
+        )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error on its way from one process to another."""
+    """An error that is sent from one process to another."""
 
     error: Exception
     trace: str
@@ -124,12 +128,12 @@ class Failure:
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return cls(error, trace)
 
-    def again(self) -> NoReturn:
-        """Raise the error here; where it came from stands in its cause."""
-        raise self.error from _Elsewhere(self.trace)
+    def reraise(self) -> NoReturn:
+        """Raise the error here, with the other process's traceback as its cause."""
+        raise self.error from RemoteTraceback(self.trace)
 
 
-class _Elsewhere(Exception):
+class RemoteTraceback(Exception):
     """The traceback of another process."""
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Shares of a merge for several processes, fixed before they start: balanced, and the same whenever they are cut."""
+"""The partition of a merge among several processes: fixed before they start, balanced, and reproducible."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from modelweld.engine.plan.records import TensorPlan
 _FLOPS_A_BYTE = 100.0
 
 
-def shares(tensors: Sequence[TensorPlan], experts: int, count: int) -> list[list[TensorPlan]]:
-    """At most `count` shares of about equal cost, none empty, each in the order of `tensors`.
+def partition(tensors: Sequence[TensorPlan], experts: int, count: int) -> list[list[TensorPlan]]:
+    """At most `count` parts of about equal cost, none empty, each in the order of `tensors`.
 
-    The costliest tensor goes first, always to the share that has least so far. Each share runs through the files from
+    The costliest tensor goes first, always to the part that has least so far. Each part runs through the files from
     the front, so that output shards fill, and are synced, one after the other.
     """
     costs = [tensor.read_bytes + tensor.write_bytes + flops(tensor, experts) / _FLOPS_A_BYTE for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Where a merge is made: the devices, one process each when there are several, or a Ray cluster."""
+"""Where a merge runs: the devices, with one process per device when there are several, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelweld.errors import ConfigError, MergeError
 
 
 @dataclass(frozen=True)
-class Placement:
+class DevicePlacement:
     """The devices of a merge, and the Ray cluster's address when one makes it (empty: as Ray finds it).
 
     One device is this process' own; with several, each has a process. All are of one kind, so that the bytes do not
@@ -35,7 +35,7 @@ class Placement:
         return None if memory_limit is None else memory_limit // len(self.devices)
 
 
-def place(device: str, executor: str = "local") -> Placement:
+def place(device: str, executor: str = "local") -> DevicePlacement:
     """The placement of `auto`, `cpu`, `cuda:1`, a list such as `cuda:0,cuda:1` or `cpu,cpu`, on `local` or `ray[:…]`.
 
     Raises MergeError for a device that this machine lacks, ConfigError for devices of two kinds, an executor that is
@@ -51,7 +51,7 @@ def place(device: str, executor: str = "local") -> Placement:
                 f"Ray hands out devices itself, and {device} names some", where="device", hint="auto, cpu or cuda"
             )
         # The head of a GPU cluster need not have one: the tasks look for it where they run.
-        return Placement((torch.device("cuda") if device == "cuda" else resolve_device(device),), address)
+        return DevicePlacement((torch.device("cuda") if device == "cuda" else resolve_device(device),), address)
     devices = tuple(resolve_device(part) for part in asked)
     kinds = sorted({found.type for found in devices})
     if len(kinds) > 1:
@@ -60,7 +60,7 @@ def place(device: str, executor: str = "local") -> Placement:
             where="device",
             hint="name devices of one kind",
         )
-    return Placement(devices)
+    return DevicePlacement(devices)
 
 
 def resolve_device(asked: str) -> torch.device:

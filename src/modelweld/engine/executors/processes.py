@@ -1,7 +1,7 @@
-"""One process a device: each makes a fixed share of the tensors, this one listens, and no failure of theirs is lost.
+"""One process per device: each merges a fixed partition; the coordinator collects progress and re-raises errors.
 
-Helpers are started afresh (torch's threads do not survive a fork), open the inputs themselves and write into the shards
-that lie there already. They may be stopped at any point: what they have journalled is on its way to the disk.
+Workers are spawned (torch's threads do not survive a fork), open the inputs themselves and write into the shards that
+are laid out already. They may be stopped at any point: what they have journalled is written.
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelweld.engine.cost.memory import peak_resident
-from modelweld.engine.executors.job import Failure, Made, Share, Task, make_share
-from modelweld.engine.executors.partition import shares
+from modelweld.engine.executors.job import Failure, Made, Partition, WorkerJob, run_partition
+from modelweld.engine.executors.partition import partition
 from modelweld.engine.output.shards import Output
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import TensorPlan
-from modelweld.engine.progress import Watcher
+from modelweld.engine.progress import Progress
 from modelweld.errors import ExternalError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-_TELL_S = 0.1  # a helper says at most this often how much it has read
-_GRACE_S = 5.0  # for a helper to die of SIGTERM before it gets SIGKILL
+_REPORT_S = 0.1  # a worker says at most this often how much it has read
+_GRACE_S = 5.0  # for a worker to die of SIGTERM before it gets SIGKILL
 
 
-def make_in_processes(
+def run_in_processes(
     outputs: Sequence[Output],
     inputs: Inputs,
     pending: Sequence[TensorPlan],
     devices: Sequence[torch.device],
     threads: int,
     memory_limit: int | None,
-    watcher: Watcher,
+    progress: Progress,
 ) -> int:
-    """Make the pending tensors in one process a device, each with so many threads; their peaks of memory, in bytes.
+    """Merge the pending tensors, one process per device, each with `threads` threads; returns their summed peaks.
 
-    The first error of any stops the others and is raised here; ExternalError when one dies without a word.
+    The first error stops the other processes and is raised here; ExternalError when a worker exits without an error.
     """
-    parts = shares(pending, len(inputs.experts), len(devices))
-    told = pickle.dumps(Task.of(outputs, inputs))
+    parts = partition(pending, len(inputs.experts), len(devices))
+    payload = pickle.dumps(WorkerJob.of(outputs, inputs))
     with contextlib.ExitStack() as stack:
-        helpers = []
+        workers = []
         for number, (part, device) in enumerate(zip(parts, devices, strict=False), 1):
             names = frozenset(tensor.name for tensor in part)
-            share = Share(names, device, threads, memory_limit, f"journal.{number}")
-            helpers.append(stack.enter_context(_Helper(number, share)))
-        for helper in helpers:
-            helper.send(told)
-        return _listen(helpers, outputs, watcher)
+            share = Partition(names, device, threads, memory_limit, f"journal.{number}")
+            workers.append(stack.enter_context(_WorkerProcess(number, share)))
+        for worker in workers:
+            worker.send(payload)
+        return _pump(workers, outputs, progress)
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A helper has read so much more."""
+    """A worker has read so much more."""
 
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A helper has written and journalled a tensor."""
+    """A worker has written and journalled a tensor."""
 
     tensor: str
     entries: Made
@@ -80,44 +80,44 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Done:
-    """A helper's share is made; the memory it took at its peak."""
+    """A worker has finished; its peak memory."""
 
     peak_bytes: int
 
 
-_Said = _Read | _Made | _Done | Failure
+_Message = _Read | _Made | _Done | Failure
 
 
-def _listen(helpers: Sequence[_Helper], outputs: Sequence[Output], watcher: Watcher) -> int:
-    """Pass on what the helpers say until all are done."""
-    working, peak = {helper.connection: helper for helper in helpers}, 0
+def _pump(workers: Sequence[_WorkerProcess], outputs: Sequence[Output], progress: Progress) -> int:
+    """Forward the workers' messages until all are done."""
+    working, peak = {worker.connection: worker for worker in workers}, 0
     while working:
         for ready in connection.wait(list(working)):
-            helper = working[ready]  # type: ignore[index]
-            match helper.heard():
+            worker = working[ready]  # type: ignore[index]
+            match worker.recv():
                 case _Read(size_bytes):
-                    watcher.advance(size_bytes)
+                    progress.advance(size_bytes)
                 case _Made(tensor, entries):
                     for number, entry in entries:
                         outputs[number].record(entry)
-                    watcher.finished(tensor)
+                    progress.finished(tensor)
                 case _Done(peak_bytes):
                     peak += peak_bytes
-                    del working[helper.connection]
+                    del working[worker.connection]
                 case Failure() as failure:
-                    failure.again()
+                    failure.reraise()
     return peak
 
 
-class _Helper:
-    """One process and the way to it; gone when the context is left, whatever it was doing."""
+class _WorkerProcess:
+    """One worker process and the connection to it; ended when the context is left."""
 
-    def __init__(self, number: int, share: Share) -> None:
+    def __init__(self, number: int, share: Partition) -> None:
         self._number, self._device = number, share.device
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(
-            target=_help, args=(theirs, share), name=f"modelweld-merge-{number}", daemon=True
+            target=_worker_main, args=(theirs, share), name=f"modelweld-merge-{number}", daemon=True
         )
         try:
             with _interrupts_held():
@@ -129,21 +129,21 @@ class _Helper:
             theirs.close()
 
     def send(self, task: bytes) -> None:
-        """Tell it what to do."""
+        """Send it its job."""
         try:
             self.connection.send_bytes(task)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise self._died() from error
 
-    def heard(self) -> _Said:
-        """What it says next; raises ExternalError when it has died."""
+    def recv(self) -> _Message:
+        """Its next message; raises ExternalError when it has exited."""
         try:
-            said: _Said = self.connection.recv()
+            message: _Message = self.connection.recv()
         except (EOFError, ConnectionResetError) as error:
             raise self._died() from error
-        return said
+        return message
 
-    def __enter__(self) -> _Helper:
+    def __enter__(self) -> _WorkerProcess:
         return self
 
     def __exit__(
@@ -168,7 +168,7 @@ class _Helper:
         elif code == 1:
             hint = f"a script that merges in several processes needs `if __name__ == '__main__':`; {hint}"
         return ExternalError(
-            f"the process on {self._device} {how} before its share was done",
+            f"the process on {self._device} {how} before its partition was finished",
             where=f"process {self._number} of the merge",
             hint=hint,
         )
@@ -176,7 +176,7 @@ class _Helper:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, which a terminal sends to all: stopping them is their leader's."""
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all: the coordinator stops them."""
     # It is started with the first process otherwise, and then lets interrupts in again.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -186,31 +186,31 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _help(leader: Connection, share: Share) -> None:
-    """A helper's whole life."""
-    threading.Thread(target=_leave_with_leader, name="modelweld-leader", daemon=True).start()
-    with _Told(leader):
-        task: Task = pickle.loads(leader.recv_bytes())  # noqa: S301 - from the process that started this one
+def _worker_main(coordinator: Connection, share: Partition) -> None:
+    """The main function of a worker process."""
+    threading.Thread(target=_exit_with_coordinator, name="modelweld-coordinator", daemon=True).start()
+    with _ForwardErrors(coordinator):
+        task: WorkerJob = pickle.loads(coordinator.recv_bytes())  # noqa: S301 - from the process that started this one
         if share.device.index is not None and share.device.type == "cuda":
             torch.cuda.set_device(share.device)
-        teller = _Teller(leader)
-        make_share(task, share, teller)
+        teller = _ProgressReporter(coordinator)
+        run_partition(task, share, teller)
         teller.done()
 
 
-def _leave_with_leader() -> None:
-    """End this process when its leader is gone, however that ended: nobody would hear it."""
-    leader = parent_process()
-    if leader is not None:
-        leader.join()
+def _exit_with_coordinator() -> None:
+    """End this process when the coordinator has ended: no coordinator is left to receive its messages."""
+    coordinator = parent_process()
+    if coordinator is not None:
+        coordinator.join()
     os._exit(1)
 
 
-class _Told:
-    """A context whose errors go to the leader instead of to the terminal."""
+class _ForwardErrors:
+    """A context whose errors are sent to the coordinator instead of being printed."""
 
-    def __init__(self, leader: Connection) -> None:
-        self._leader = leader
+    def __init__(self, coordinator: Connection) -> None:
+        self._coordinator = coordinator
 
     def __enter__(self) -> None:
         return None
@@ -220,39 +220,39 @@ class _Told:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to hear it
-            self._leader.send(Failure.of(error))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # no coordinator is left to receive it
+            self._coordinator.send(Failure.of(error))
         return True
 
 
-class _Teller:
-    """Tells the leader how far a share is: tensors at once, bytes now and then."""
+class _ProgressReporter:
+    """Reports a worker's progress to the coordinator: tensors at once, bytes at intervals."""
 
-    def __init__(self, leader: Connection) -> None:
-        self._leader = leader
+    def __init__(self, coordinator: Connection) -> None:
+        self._coordinator = coordinator
         self._lock = threading.Lock()
-        self._unsaid, self._last = 0, time.monotonic()
+        self._unreported, self._last = 0, time.monotonic()
 
     def advance(self, size_bytes: int) -> None:
         """More input has been read."""
         with self._lock:
-            self._unsaid += size_bytes
-            if time.monotonic() - self._last >= _TELL_S:
-                self._say_bytes()
+            self._unreported += size_bytes
+            if time.monotonic() - self._last >= _REPORT_S:
+                self._report_bytes()
 
     def made(self, tensor: str, entries: Made) -> None:
         """A tensor is written and journalled."""
         with self._lock:
-            self._say_bytes()
-            self._leader.send(_Made(tensor, entries))
+            self._report_bytes()
+            self._coordinator.send(_Made(tensor, entries))
 
     def done(self) -> None:
-        """The share is made."""
+        """The partition is finished."""
         with self._lock:
-            self._say_bytes()
-            self._leader.send(_Done(peak_resident()))
+            self._report_bytes()
+            self._coordinator.send(_Done(peak_resident()))
 
-    def _say_bytes(self) -> None:
-        if self._unsaid:
-            self._leader.send(_Read(self._unsaid))
-        self._unsaid, self._last = 0, time.monotonic()
+    def _report_bytes(self) -> None:
+        if self._unreported:
+            self._coordinator.send(_Read(self._unreported))
+        self._unreported, self._last = 0, time.monotonic()

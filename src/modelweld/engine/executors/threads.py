@@ -1,6 +1,6 @@
-"""The threads of one process: each takes tensor after tensor, on one device, until all are made or one has failed.
+"""The threads of one process: each merges the next tensor, on one device, until all are done or one has failed.
 
-The kernel reads ahead of them (each tensor is announced before its turn), so that reading, computing and writing
+Each tensor is prefetched before its turn, so that reading, computing and writing
 overlap while only the tensors in work are in memory.
 """
 
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from modelweld.engine.cost.memory import Budget, working_bytes
-from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.journal import TensorRecord
 from modelweld.engine.output.shards import Output
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import TensorPlan
-from modelweld.engine.progress import Watcher
+from modelweld.engine.progress import Progress
 from modelweld.engine.run.device_stream import free_on
 from modelweld.engine.run.worker import Cancelled, Worker
 
@@ -26,7 +26,7 @@ _HEAP_BLOCK = 31 << 20  # just below glibc's ceiling for that threshold
 _READ_AHEAD = 2  # tensors announced to the kernel beyond those in work
 
 
-def make_in_threads(
+def run_in_threads(
     outputs: Sequence[Output],
     inputs: Inputs,
     pending: Sequence[TensorPlan],
@@ -34,7 +34,7 @@ def make_in_threads(
     device: torch.device,
     threads: int,
     memory_limit: int | None,
-    watcher: Watcher,
+    progress: Progress,
 ) -> None:
     """Make the pending tensors in every output that lacks them; the first error of a thread stops the others.
 
@@ -42,12 +42,12 @@ def make_in_threads(
     copied. The bytes do not depend on `threads`.
     """
     with one_torch_thread():
-        _Team(outputs, inputs, pending, device, memory_limit, watcher).work(threads)
+        _TensorQueue(outputs, inputs, pending, device, memory_limit, progress).work(threads)
 
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """One torch thread a worker: the order of a sum, and so the last bit, must not depend on the machine's cores."""
+    """One torch thread per worker: the order of a sum, and so the last bit, must not depend on the machine's cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     # glibc gives fresh pages to every temporary larger than its threshold, and the page faults cost more than the
@@ -59,8 +59,8 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Team:
-    """What the threads share: the tensors still to be taken, the memory they may hold, and the word to stop."""
+class _TensorQueue:
+    """What the threads share: the queue of tensors, the memory budget, and the stop event."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class _Team:
         pending: Sequence[TensorPlan],
         device: torch.device,
         memory_limit: int | None,
-        watcher: Watcher,
+        progress: Progress,
     ) -> None:
         self._outputs, self._inputs, self._pending = outputs, inputs, pending
-        self._device, self._watcher = device, watcher
+        self._device, self._watcher = device, progress
         self._next = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -99,7 +99,7 @@ class _Team:
         worker = Worker(self._inputs, self._device, self._stop, self._watcher.advance)
         try:
             while not self._stop.is_set():
-                tensor = self._take()
+                tensor = self._next_tensor()
                 if tensor is None:
                     return
                 waiting = [output for output in self._outputs if tensor.name not in output.finished]
@@ -116,7 +116,7 @@ class _Team:
 
     def _make(self, worker: Worker, name: str, outputs: Sequence[Output]) -> None:
         """One tensor of every output that lacks it."""
-        made: list[tuple[Output, Finished]] = []
+        made: list[tuple[Output, TensorRecord]] = []
         with worker.sharing(len(outputs) > 1):
             for output in outputs:
                 tensor, slot = output.tensors[name], output.slots[name]
@@ -129,7 +129,7 @@ class _Team:
                 output.journal.add(entry)
                 output.record(entry)
 
-    def _take(self) -> TensorPlan | None:
+    def _next_tensor(self) -> TensorPlan | None:
         with self._lock:
             position = self._next
             if position >= len(self._pending):
@@ -137,10 +137,10 @@ class _Team:
             self._next += 1
         ahead = position + _READ_AHEAD
         if ahead < len(self._pending):
-            self._announce(self._pending[ahead])
+            self._prefetch(self._pending[ahead])
         return self._pending[position]
 
-    def _announce(self, tensor: TensorPlan) -> None:
+    def _prefetch(self, tensor: TensorPlan) -> None:
         if self._inputs.base is not None:
             self._inputs.base.prefetch((tensor.whole or tensor).name)
         for expert, stored in zip(self._inputs.experts, tensor.stored, strict=bool(tensor.stored)):

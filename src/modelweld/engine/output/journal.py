@@ -17,7 +17,7 @@ _PARTIAL = "journal.new"
 
 
 @dataclass(frozen=True)
-class Finished:
+class TensorRecord:
     """A tensor that is on disk: digests of its bytes and of the inputs', and what rounding left of its delta.
 
     `delta_norm` is the norm of what was merged into the base, `survival` the share of it that the output's dtype kept;
@@ -34,23 +34,23 @@ class Finished:
     fallback: Literal["cpu", "blocks"] | None = None
 
 
-def recorded(directory: Path) -> dict[str, Finished]:
+def recorded(directory: Path) -> dict[str, TensorRecord]:
     """Every whole line of every journal in a staging directory, by tensor; torn lines, as a kill leaves them, are not.
 
     Each process of a merge keeps a journal of its own, `journal` or `journal.<its name>`.
     """
-    found: dict[str, Finished] = {}
+    found: dict[str, TensorRecord] = {}
     for path in _journals(directory):
         for line in path.read_bytes().splitlines():
             try:
-                entry = Finished(**json.loads(line))
+                entry = TensorRecord(**json.loads(line))
             except (ValueError, TypeError):
                 continue
             found[entry.tensor] = entry
     return found
 
 
-def begun(directory: Path, entries: Iterable[Finished]) -> Journal:
+def begun(directory: Path, entries: Iterable[TensorRecord]) -> Journal:
     """A journal that holds these entries, in the place of all that are there."""
     stale = _journals(directory)
     with disk_errors(directory / JOURNAL):
@@ -63,7 +63,7 @@ def begun(directory: Path, entries: Iterable[Finished]) -> Journal:
 
 
 class Journal:
-    """An append-only file of Finished lines."""
+    """An append-only file of TensorRecord lines."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,7 +71,7 @@ class Journal:
         with disk_errors(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
-    def add(self, entry: Finished) -> None:
+    def add(self, entry: TensorRecord) -> None:
         """Append one line, whole, from any thread."""
         with self._lock, disk_errors(self._path):
             os.write(self._descriptor, _line(entry))
@@ -87,7 +87,7 @@ class Journal:
         self.close()
 
 
-def _line(entry: Finished) -> bytes:
+def _line(entry: TensorRecord) -> bytes:
     return (json.dumps(asdict(entry), sort_keys=True) + "\n").encode()
 
 

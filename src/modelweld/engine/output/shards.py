@@ -13,7 +13,7 @@ from typing import Self
 from blake3 import blake3
 
 from modelweld.checkpoints.shards import Layout, ShardFile, Slot
-from modelweld.engine.output.journal import Finished, Journal, begun, recorded
+from modelweld.engine.output.journal import Journal, TensorRecord, begun, recorded
 from modelweld.engine.plan.records import Plan
 from modelweld.errors import ExternalError
 
@@ -56,7 +56,7 @@ class Output:
         directory: Path,
         shards: dict[str, ShardFile],
         journal: Journal,
-        finished: dict[str, Finished],
+        finished: dict[str, TensorRecord],
     ) -> None:
         self.plan, self.directory, self.tree = plan, directory, directory / "tree"
         self.shards, self.journal, self.finished = shards, journal, finished
@@ -82,7 +82,12 @@ class Output:
 
     @classmethod
     def joined(
-        cls, plan: Plan, directory: Path, finished: Mapping[str, Finished], journal: str, stack: contextlib.ExitStack
+        cls,
+        plan: Plan,
+        directory: Path,
+        finished: Mapping[str, TensorRecord],
+        journal: str,
+        stack: contextlib.ExitStack,
     ) -> Output:
         """The output as another process has laid it out and found it, with a journal of this one's own."""
         shards = stack.enter_context(_opened(plan.layout, directory / "tree", reserve=False))
@@ -96,7 +101,7 @@ class Output:
             if not self._unfinished[file]:
                 syncer.sync(shard)
 
-    def record(self, entry: Finished) -> None:
+    def record(self, entry: TensorRecord) -> None:
         """Count a tensor as finished; the last one of a shard brings it to the disk."""
         file = self.slots[entry.tensor].file
         with self._lock:
@@ -105,7 +110,7 @@ class Output:
             if self._syncer is not None and not self._unfinished[file]:
                 self._syncer.sync(self.shards[file])
 
-    def copy(self, entry: Finished, made: Output) -> Finished:
+    def copy(self, entry: TensorRecord, made: Output) -> TensorRecord:
         """Take over a tensor that another output has just made in the same way."""
         source, target = made.slots[entry.tensor], self.slots[entry.tensor]
         buffer = memoryview(bytearray(min(_BLOCK, source.nbytes)))
@@ -140,14 +145,14 @@ def _opened(layout: Layout, tree: Path, *, reserve: bool) -> Iterator[dict[str, 
 
 
 def _holding(
-    entries: Iterable[Finished],
+    entries: Iterable[TensorRecord],
     slots: Mapping[str, Slot],
     shards: Mapping[str, ShardFile],
     threads: int,
-) -> dict[str, Finished]:
+) -> dict[str, TensorRecord]:
     """The entries whose bytes are on disk as they say."""
 
-    def holds(entry: Finished) -> bool:
+    def holds(entry: TensorRecord) -> bool:
         slot = slots[entry.tensor]
         hasher, buffer = blake3(), memoryview(bytearray(_BLOCK))
         for start in range(0, slot.nbytes, len(buffer)):

@@ -23,7 +23,7 @@ STAGING = ".modelweld-staging"
 _KEY_LENGTH = 16
 
 
-def refuse_foreign(out: Path) -> None:
+def require_replaceable(out: Path) -> None:
     """Raise ConfigError unless `out` can be replaced: it does not exist, is empty, or is wholly an earlier merge."""
     if not out.exists() and not out.is_symlink():
         return

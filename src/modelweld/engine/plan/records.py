@@ -31,7 +31,7 @@ class TensorPlan:
     """One output tensor. `stored` are the experts' own names for it, in their order; empty for a copy.
 
     Of a merged adapter that stays one, an output tensor is a `factor` of the merged delta of the tensor `whole`,
-    stored the other way round than the weight when `flipped`. `ranks` are those of the experts' factors, in their
+    stored transposed relative to the weight when `flipped`. `ranks` are those of the experts' factors, in their
     order, 0 for one that has left the weight alone or holds it whole.
     """
 

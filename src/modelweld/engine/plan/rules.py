@@ -35,7 +35,7 @@ class Decision:
 
 
 def decide(recipe: Recipe, info: TensorInfo, role: Role) -> Decision:
-    """The first matching rule's word, or the default for this role.
+    """The first matching rule, or the default for this role.
 
     Raises ConfigError when a rule gives a tensor to a method that cannot take it.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.run.device_stream import Lane
+from modelweld.engine.run.device_stream import DeviceStream
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.operands import Weights, coefficients
 from modelweld.methods.registry import method
@@ -19,27 +19,27 @@ from modelweld.methods.streaming import KernelInputs, TensorStatistics
 Combine = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def on_device(parameters: MethodParameters, weights: Weights, context: TensorContext, lane: Lane) -> Combine:
-    """The method's own function at the end of a lane; the result is there when its flight has landed.
+def on_device(parameters: MethodParameters, weights: Weights, context: TensorContext, stream: DeviceStream) -> Combine:
+    """The method's own function on the stream's device; the result is valid after `synchronize`.
 
     Where the device's memory runs out the chunk is merged in smaller blocks, which gives the same.
     """
     chosen = method(parameters.method)
 
     def launch(stack: Tensor, origin: Tensor, start: int) -> Tensor:
-        there = torch.empty(stack.shape, dtype=stack.dtype, device=lane.device)
+        there = torch.empty(stack.shape, dtype=stack.dtype, device=stream.device)
         for row, values in zip(there, stack, strict=True):
             row.copy_(values, non_blocking=True)
         if origin.numel():
-            there -= lane.send(origin)
+            there -= stream.to_device(origin)
         return chosen.merge(there, parameters, weights, context=replace(context, offset=start))
 
     def combine(stack: Tensor, origin: Tensor, start: int) -> Tensor:
         count, done = stack.shape[1], 0
-        merged = lane.room(count, dtype=stack.dtype)
-        with lane.issuing():
+        merged = stream.pinned_empty(count, dtype=stack.dtype)
+        with stream.submit():
             while done < count:
-                stop = min(done + lane.block, count)
+                stop = min(done + stream.block, count)
                 try:
                     part = launch(stack[:, done:stop], origin[done:stop], start + done)
                     merged[done:stop].copy_(part, non_blocking=True)
@@ -48,7 +48,7 @@ def on_device(parameters: MethodParameters, weights: Weights, context: TensorCon
                 else:
                     done = stop
                     continue
-                lane.shrink(size)
+                stream.halve_block(size)
         return merged
 
     return combine
@@ -67,7 +67,7 @@ def in_host_memory(
     """
     chosen = method(parameters.method)
     if chosen.host_kernel is None:
-        return on_device(parameters, weights, context, Lane(torch.device("cpu")))
+        return on_device(parameters, weights, context, DeviceStream(torch.device("cpu")))
     shares = coefficients(weights, torch.empty(len(context.experts), dtype=dtype))
     given = KernelInputs(weights, shares, context.name, context.expert_digests, statistics)
     kernel, scale = chosen.host_kernel(parameters, given), parameters.scale

@@ -1,9 +1,9 @@
-"""A worker's own way to a device: copies through page-locked memory, one stream, and no wait but for results.
+"""A worker's stream on a device: copies through page-locked memory; it synchronises only when results are read.
 
-with lane.issuing():
-    there = lane.send(stack)                # on its way, while the host reads on
-    back = lane.bring(method(there))
-lane.land()                                 # now `back` holds its values
+with stream.submit():
+    there = stream.to_device(stack)                # on its way, while the host reads on
+    back = stream.to_host(method(there))
+stream.synchronize()                                 # now `back` holds its values
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def free_on(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-class Lane:
-    """What goes to `device` and comes back, in order. On the CPU nothing moves, and nothing is waited for.
+class DeviceStream:
+    """Copies to `device` and back, in order. On a CPU nothing is copied and nothing waits.
 
     `block` is how many elements a chunk's computation may take at once: less after the device's memory ran out.
     """
@@ -38,48 +38,48 @@ class Lane:
         self.block = CHUNK
         # Without a driver (fake tensors), or elsewhere than on CUDA, copies are plain ones.
         self.locked = device.type == "cuda" and torch.cuda.is_available()
-        self._stream = torch.cuda.Stream(device) if self.locked else None  # type: ignore[no-untyped-call]
+        self._cuda = torch.cuda.Stream(device) if self.locked else None  # type: ignore[no-untyped-call]
         self._marks: deque[torch.cuda.Event] = deque()
 
     @property
-    def moves(self) -> bool:
-        """Whether the device is another place than the host."""
+    def is_accelerator(self) -> bool:
+        """Whether the device has memory of its own."""
         return self.kind != "cpu"
 
     @contextlib.contextmanager
-    def issuing(self) -> Iterator[None]:
-        """What is sent, computed and brought back inside is one flight, in this lane's stream."""
-        if self._stream is None:
+    def submit(self) -> Iterator[None]:
+        """Copies and kernels issued inside run in this stream, as one unit that `synchronize` waits for."""
+        if self._cuda is None:
             yield
             return
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._cuda):
             yield
             mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            mark.record(self._stream)
+            mark.record(self._cuda)
         self._marks.append(mark)
 
-    def land(self) -> None:
-        """Wait until the oldest flight is done: what it brought back is there, what it was sent may be overwritten."""
+    def synchronize(self) -> None:
+        """Wait for the oldest unit: its results are there, and the buffers that it read may be overwritten."""
         if self._marks:
             self._marks.popleft().synchronize()
 
-    def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Host memory that the device reads and writes without help."""
+    def pinned_empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor in page-locked host memory."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.locked)
 
-    def send(self, values: Tensor) -> Tensor:
-        """The values on the device: in the making, or on the CPU themselves."""
-        return values.to(self.device, non_blocking=True) if self.moves else values
+    def to_device(self, values: Tensor) -> Tensor:
+        """The values on the device, once it has copied them; on a CPU the values themselves."""
+        return values.to(self.device, non_blocking=True) if self.is_accelerator else values
 
-    def bring(self, values: Tensor) -> Tensor:
-        """The values in host memory, once this flight has landed."""
-        if not self.moves:
+    def to_host(self, values: Tensor) -> Tensor:
+        """The values in host memory, valid after `synchronize`."""
+        if not self.is_accelerator:
             return values
-        return self.room(*values.shape, dtype=values.dtype).copy_(values, non_blocking=True)
+        return self.pinned_empty(*values.shape, dtype=values.dtype).copy_(values, non_blocking=True)
 
-    def shrink(self, size: int) -> None:
-        """Halve the blocks, since `size` elements did not fit; raises ExternalError when they are small already."""
-        self.recover()
+    def halve_block(self, size: int) -> None:
+        """Halve `block`, since `size` elements did not fit; raises ExternalError when they are small already."""
+        self.release_cached()
         if size <= LEAST:
             raise ExternalError(
                 f"out of memory with {size} elements at once",
@@ -88,7 +88,7 @@ class Lane:
             )
         self.block = 1 << ((size - 1).bit_length() - 1)
 
-    def recover(self) -> None:
-        """Give back what the device's allocator keeps."""
+    def release_cached(self) -> None:
+        """Release the memory that the device's allocator keeps."""
         if self.locked:
             torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.engine.plan.inputs import Inputs
 from modelweld.engine.plan.records import TensorPlan, dtype_name
-from modelweld.engine.run.device_stream import Lane
+from modelweld.engine.run.device_stream import DeviceStream
 from modelweld.errors import CheckpointError
 
 BASE = "base"
@@ -32,14 +32,14 @@ class Cancelled(Exception):
 class Reader:
     """One thread's way to the inputs. What it returns lies in its buffers, and is valid until the next such call.
 
-    With a lane that moves, chunks lie in page-locked buffers, two sets of them: one is valid while the next is read.
+    For an accelerator, chunks lie in two sets of page-locked buffers: one stays valid while the next is read.
     """
 
     def __init__(
-        self, inputs: Inputs, stop: threading.Event, advance: Callable[[int], None], chunk: int, lane: Lane
+        self, inputs: Inputs, stop: threading.Event, advance: Callable[[int], None], chunk: int, stream: DeviceStream
     ) -> None:
         self.chunk = chunk
-        self._lane, self._turn = lane, 0
+        self._stream, self._turn = stream, 0
         self._inputs, self._stop, self._advance = inputs, stop, advance
         self._raw = torch.empty(0, dtype=torch.uint8)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -84,7 +84,7 @@ class Reader:
         With `check`, NaN and infinities are refused, naming tensor and model.
         """
         experts = self._inputs.experts
-        self._turn ^= self._lane.moves
+        self._turn ^= self._stream.is_accelerator
         stack = self._buffer(f"experts {self._turn}", tensor.work_dtype, len(experts), count)
         origin = stack[0, :0]
         if base is not None:
@@ -129,7 +129,7 @@ class Reader:
     def _buffer(self, use: str, dtype: torch.dtype, rows: int, count: int) -> Tensor:
         key, size = (use, dtype), rows * max(count, self.chunk)
         if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = self._lane.room(size, dtype=dtype)
+            self._buffers[key] = self._stream.pinned_empty(size, dtype=dtype)
         return self._buffers[key][: rows * count].view(rows, count)  # (rows, count)
 
 

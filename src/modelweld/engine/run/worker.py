@@ -22,13 +22,13 @@ from modelweld.checkpoints import Checkpoint
 from modelweld.checkpoints.buffers import bytes_of
 from modelweld.checkpoints.shards import Slot
 from modelweld.config.methods import MethodParameters
-from modelweld.engine.output.journal import Finished
+from modelweld.engine.output.journal import TensorRecord
 from modelweld.engine.plan.adapters import factors_of, merge_factors, stored_factor
 from modelweld.engine.plan.inputs import Expert, Inputs
 from modelweld.engine.plan.records import TensorPlan, dtype_name
 from modelweld.engine.run.chunks import Combine, in_host_memory, on_device
 from modelweld.engine.run.device_stream import CHUNK as DEVICE_CHUNK
-from modelweld.engine.run.device_stream import Lane
+from modelweld.engine.run.device_stream import DeviceStream
 from modelweld.engine.run.diagnostics import to_plain
 from modelweld.engine.run.packing import merge_packed
 from modelweld.engine.run.reader import BASE, SAMPLE_BLOCK, Cancelled, Hashers, Reader, require_finite, sample_starts
@@ -40,7 +40,7 @@ from modelweld.methods.streaming import TensorStatistics
 
 __all__ = ["CHUNK", "Cancelled", "Rounding", "Target", "Worker", "chunk_elements"]
 
-_CACHE = 1 << 23  # bytes that a thread's chunk of all models may take
+_CACHE = 1 << 23  # bytes of one chunk across all models, per thread
 _ROWS = 4  # of a chunk beside the experts': the base, the result, and two on the way
 CHUNK = 1 << 16  # elements of the final pass over a whole tensor
 
@@ -107,9 +107,9 @@ class Worker:
     ) -> None:
         self._inputs = inputs
         self._labels = tuple(expert.label for expert in inputs.experts)
-        self._lane, self._host = Lane(device), Lane(torch.device("cpu"))
-        chunk = DEVICE_CHUNK if self._lane.moves else chunk_elements(len(inputs.experts))
-        self._reader = Reader(inputs, stop, advance, chunk, self._lane)
+        self._stream, self._host = DeviceStream(device), DeviceStream(torch.device("cpu"))
+        chunk = DEVICE_CHUNK if self._stream.is_accelerator else chunk_elements(len(inputs.experts))
+        self._reader = Reader(inputs, stop, advance, chunk, self._stream)
         self._shared: _Shared | None = None
 
     @contextlib.contextmanager
@@ -121,7 +121,7 @@ class Worker:
         finally:
             self._shared = None
 
-    def make(self, tensor: TensorPlan, slot: Slot, out: Target) -> Finished:
+    def make(self, tensor: TensorPlan, slot: Slot, out: Target) -> TensorRecord:
         """Write one tensor into its slot.
 
         Raises CheckpointError naming tensor and model for values that are not finite, MergeError from the method.
@@ -130,10 +130,10 @@ class Worker:
             return self._copy(tensor, slot, out)
         if tensor.route == "factors":
             return self._from_factors(tensor, tensor.parameters, slot, out)
-        make = self._streamed if tensor.streamed_on(self._lane.kind) else self._whole
+        make = self._streamed if tensor.streamed_on(self._stream.kind) else self._whole
         return make(tensor, tensor.parameters, slot, out)
 
-    def _copy(self, tensor: TensorPlan, slot: Slot, out: Target) -> Finished:
+    def _copy(self, tensor: TensorPlan, slot: Slot, out: Target) -> TensorRecord:
         source = self._inputs.reference
         label = BASE if self._inputs.base is not None else self._labels[0]
         read, written = blake3(), blake3()
@@ -142,9 +142,9 @@ class Worker:
             if values.is_floating_point():
                 require_finite(values, tensor.name, label, source, tensor.name)
             self._emit(values.to(tensor.dtype), slot, start, out, written)
-        return Finished(tensor.name, written.hexdigest(), {label: read.hexdigest()})
+        return TensorRecord(tensor.name, written.hexdigest(), {label: read.hexdigest()})
 
-    def _streamed(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
+    def _streamed(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> TensorRecord:
         chosen = method(parameters.method)
         base = self._inputs.base if chosen.needs_base else None
         hashers = {label: blake3() for label in (*self._labels, BASE)}
@@ -168,16 +168,16 @@ class Worker:
                 yield start, origin, combine(stack, origin, start)
 
         written, rounding = blake3(), Rounding()
-        for start, origin, merged in _ahead(merged_pieces()) if self._lane.moves else merged_pieces():
-            self._lane.land()
+        for start, origin, merged in _ahead(merged_pieces()) if self._stream.is_accelerator else merged_pieces():
+            self._stream.synchronize()
             exact = merged if base is None else origin.add_(merged)
             self._finish(merged, exact, base is not None, tensor, slot, start, out, written, rounding)
         inputs = known or _hexdigests(hashers)
         if base is None:
             inputs = {label: inputs[label] for label in self._labels}
         said = to_plain(statistics.diagnostics(tensor.elements)) if statistics is not None else {}
-        fallback: Literal["blocks"] | None = "blocks" if self._lane.block < DEVICE_CHUNK else None
-        return _finished(tensor, written, inputs, rounding if base is not None else None, said, fallback)
+        fallback: Literal["blocks"] | None = "blocks" if self._stream.block < DEVICE_CHUNK else None
+        return _record_of(tensor, written, inputs, rounding if base is not None else None, said, fallback)
 
     def _combine(
         self,
@@ -188,43 +188,43 @@ class Worker:
     ) -> Combine:
         digests = tuple(known[label] for label in self._labels) if known else ()
         context = TensorContext(tensor.name, digests, self._labels, finite=True)
-        if not self._lane.moves:
+        if not self._stream.is_accelerator:
             return in_host_memory(parameters, self._inputs.weights, context, tensor.work_dtype, statistics)
-        return on_device(parameters, self._inputs.weights, context, self._lane)
+        return on_device(parameters, self._inputs.weights, context, self._stream)
 
-    def _whole(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
+    def _whole(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> TensorRecord:
         chosen, shared = method(parameters.method), self._shared or _Shared()
         if shared.stack is None:
             shared.stack, shared.origin = self._gathered(tensor, parameters, shared.inputs)
         stack, origin, inputs = shared.stack, shared.origin, shared.inputs
         digests = tuple(inputs.get(label, "") for label in self._labels)
 
-        def merge(lane: Lane) -> tuple[Tensor, TensorContext]:
+        def merge(stream: DeviceStream) -> tuple[Tensor, TensorContext]:
             context = TensorContext(tensor.name, digests, self._labels, finite=True, cache=shared.cache)
-            merged = merge_packed(chosen, parameters, lane.send(stack), tensor, self._inputs.weights, context)
-            return lane.bring(merged), context
+            merged = merge_packed(chosen, parameters, stream.to_device(stack), tensor, self._inputs.weights, context)
+            return stream.to_host(merged), context
 
-        merged, context = self._on_lane(merge, shared, whole_matrix=chosen.whole_matrix)
+        merged, context = self._on_device(merge, shared, whole_matrix=chosen.whole_matrix)
         flat = origin.reshape(-1) if origin is not None and chosen.needs_base else None
         return self._written(merged.reshape(-1), flat, tensor, shared, context, slot, out)
 
-    def _on_lane(
-        self, merge: Callable[[Lane], tuple[R, TensorContext]], shared: _Shared, *, whole_matrix: bool
+    def _on_device(
+        self, merge: Callable[[DeviceStream], tuple[R, TensorContext]], shared: _Shared, *, whole_matrix: bool
     ) -> tuple[R, TensorContext]:
-        """What `merge` brings back from the device; from the CPU where the device's memory does not do."""
+        """What `merge` returns from the device; from the CPU where the device's memory does not suffice."""
         # Apple's GPUs have no float64, which subspace methods need.
-        lane = self._host if self._lane.device.type == "mps" and whole_matrix else self._lane
+        stream = self._host if self._stream.device.type == "mps" and whole_matrix else self._stream
         if shared.fallback is None:
             try:
-                with lane.issuing():
-                    found = merge(lane)
-                lane.land()
+                with stream.submit():
+                    found = merge(stream)
+                stream.synchronize()
             except torch.OutOfMemoryError:
                 shared.fallback = "cpu"
                 shared.cache.clear()
             else:
                 return found
-            lane.recover()
+            stream.release_cached()
         return merge(self._host)
 
     def _gathered(
@@ -235,7 +235,7 @@ class Worker:
         adapted = tensor.route == "densified"
         base = self._inputs.base if chosen.needs_base or chosen.whole_matrix or adapted else None
         origin = self._reader.whole(base, tensor.name, BASE, tensor, inputs) if base is not None else None
-        stack = self._lane.room(len(experts), *tensor.shape, dtype=tensor.work_dtype)  # (N, *shape)
+        stack = self._stream.pinned_empty(len(experts), *tensor.shape, dtype=tensor.work_dtype)  # (N, *shape)
         for index, (expert, stored) in enumerate(zip(experts, tensor.stored, strict=True)):
             factors = self._factors(tensor, expert, inputs) if adapted else None
             if factors is not None:
@@ -248,7 +248,7 @@ class Worker:
                 stack[index].sub_(origin)
         return stack, origin
 
-    def _from_factors(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> Finished:
+    def _from_factors(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> TensorRecord:
         """As `_whole`, for a weight that every expert changes by low-rank factors, or not at all."""
         chosen, target = method(parameters.method), tensor.whole or tensor
         shared = self._shared or _Shared()
@@ -259,13 +259,13 @@ class Worker:
         factors = [factor for factor in found if factor is not None]
         digests = tuple(inputs.get(label, "") for label in self._labels)
 
-        def merge(lane: Lane) -> tuple[LowRank, TensorContext]:
+        def merge(stream: DeviceStream) -> tuple[LowRank, TensorContext]:
             context = TensorContext(target.name, digests, self._labels, finite=True, cache=shared.cache)
-            there = [LowRank(lane.send(factor.B), lane.send(factor.A)) for factor in factors]
+            there = [LowRank(stream.to_device(factor.B), stream.to_device(factor.A)) for factor in factors]
             merged = merge_factors(chosen, parameters, there, target, self._inputs.weights, context)
-            return LowRank(lane.bring(merged.B), lane.bring(merged.A)), context
+            return LowRank(stream.to_host(merged.B), stream.to_host(merged.A)), context
 
-        merged, context = self._on_lane(merge, shared, whole_matrix=True)
+        merged, context = self._on_device(merge, shared, whole_matrix=True)
         if tensor.whole is not None:
             factor = stored_factor(merged, tensor).reshape(-1)
             return self._written(factor, None, tensor, shared, context, slot, out)
@@ -294,7 +294,7 @@ class Worker:
         context: TensorContext,
         slot: Slot,
         out: Target,
-    ) -> Finished:
+    ) -> TensorRecord:
         """Add a whole tensor's delta to the base's `flat`, round and write it."""
         self._reader.check_stop()
         written, rounding = blake3(), Rounding()
@@ -303,7 +303,7 @@ class Worker:
             exact = part if flat is None else part + flat[start : start + CHUNK]
             self._finish(part, exact, flat is not None, tensor, slot, start, out, written, rounding)
         counted = rounding if flat is not None else None
-        return _finished(tensor, written, shared.inputs, counted, to_plain(context.diagnostics), shared.fallback)
+        return _record_of(tensor, written, shared.inputs, counted, to_plain(context.diagnostics), shared.fallback)
 
     def _finish(
         self,
@@ -364,7 +364,7 @@ class _TensorChunks:
             )
 
     def sample(self) -> Tensor:
-        """Task vectors (or weights) in blocks that are spread evenly."""
+        """WorkerJob vectors (or weights) in blocks that are spread evenly."""
         blocks = []
         for start in sample_starts(self.tensor.elements):
             count = min(SAMPLE_BLOCK, self.tensor.elements - start)
@@ -393,16 +393,16 @@ def _hexdigests(hashers: Hashers) -> dict[str, str]:
     return {label: hasher.hexdigest() for label, hasher in hashers.items()}
 
 
-def _finished(
+def _record_of(
     tensor: TensorPlan,
     written: blake3,
     inputs: dict[str, str],
     rounding: Rounding | None,
     said: dict[str, float | int | str],
     fallback: Literal["cpu", "blocks"] | None,
-) -> Finished:
+) -> TensorRecord:
     norm, survival = (math.sqrt(rounding.delta), rounding.survival) if rounding else (None, None)
-    return Finished(tensor.name, written.hexdigest(), inputs, norm, survival, said, fallback)
+    return TensorRecord(tensor.name, written.hexdigest(), inputs, norm, survival, said, fallback)
 
 
 def _ahead(items: Iterator[R]) -> Iterator[R]:
