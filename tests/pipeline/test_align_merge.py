@@ -238,8 +238,7 @@ def test_activations_that_are_not_finite_are_refused(family: Family, weld: Weld)
 @pytest.mark.parametrize("method", ["ties", "dare", "drm", "average"])
 def test_alpha_is_scored_by_the_very_merge_that_is_written(family: Family, method: str, tmp_path: Path) -> None:
     from modelweld.alignment import align_inputs
-    from modelweld.alignment.scoring import merged_backbone
-    from modelweld.engine import build, open_inputs
+    from modelweld.engine import build, merge_in_memory, open_inputs
 
     document = {"method": method, "base": str(family.base), "models": _models(family), "align": {}}
     file = tmp_path / "recipe.yaml"
@@ -248,7 +247,7 @@ def test_alpha_is_scored_by_the_very_merge_that_is_written(family: Family, metho
     merge(recipe, tmp_path / "merged", "cpu", root=family.root, staging=tmp_path / "staging")
     with open_inputs(recipe) as inputs:
         plan = build(recipe, inputs)
-        found = merged_backbone(plan, align_inputs(recipe, plan, inputs, family.root).inputs)
+        found = merge_in_memory(plan, align_inputs(recipe, plan, inputs, family.root).inputs)
     written = weights(tmp_path / "merged")
     assert found.keys() == written.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in written.items())

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modelweld.alignment.batch_statistics import recompute_statistics, recomputes_statistics
 from modelweld.alignment.models import AlignedModel
 from modelweld.alignment.rows import Calibration, accuracy_on
 from modelweld.alignment.views import placed_inputs
-from modelweld.checkpoints.buffers import bytes_of
-from modelweld.checkpoints.shards import Slot
 from modelweld.config.align import Align
 from modelweld.config.methods import Linear
-from modelweld.engine import Inputs, Plan
+from modelweld.engine import Inputs, Plan, merge_in_memory
 from modelweld.engine.cost.estimate import matrix_work
 from modelweld.engine.plan.inputs import task_of
 from modelweld.engine.plan.records import TensorPlan
-from modelweld.engine.run.worker import Worker
 from modelweld.errors import ConfigError
 from modelweld.methods.registry import method
 from modelweld.symmetry import Alignment, Zipped
@@ -71,7 +66,7 @@ class Scorer:
 
     def _score(self, found: Alignment | Zipped) -> float:
         views = placed_inputs(self._inputs, self._models, found.placed)
-        merged = merged_backbone(self._plan, views)
+        merged = merge_in_memory(self._plan, views)
         scores = []
         for trial in self._trials:
             module, expert = self._modules[trial.expert], views.experts[trial.expert]
@@ -86,17 +81,6 @@ class Scorer:
         return sum(scores) / len(scores)
 
 
-def merged_backbone(plan: Plan, inputs: Inputs) -> dict[str, Tensor]:
-    """What the engine would write, by name, in memory: the same methods, rules, seeds and rounding."""
-    worker = Worker(inputs, torch.device("cpu"), threading.Event(), lambda _: None)
-    slots, merged = plan.layout.slots, {}
-    for tensor in plan.tensors:
-        out = _InMemory(slots[tensor.name])
-        worker.make(tensor, slots[tensor.name], out)
-        merged[tensor.name] = out.tensor
-    return merged
-
-
 def affordable(plan: Plan, experts: int, times: int) -> Plan:
     """The plan, or if its matrix methods would take too long that many times, one with the mean in their place."""
 
@@ -108,18 +92,6 @@ def affordable(plan: Plan, experts: int, times: int) -> Plan:
         return plan
     plain: dict[str, Any] = {"parameters": STAND_IN, "transposed": False, "packing": None, "route": "dense"}
     return replace(plan, tensors=tuple(replace(t, **plain) if slow(t) else t for t in plan.tensors))
-
-
-class _InMemory:
-    """A tensor that is written in memory."""
-
-    def __init__(self, slot: Slot) -> None:
-        self._raw = torch.empty(slot.nbytes, dtype=torch.uint8)
-        self.tensor = self._raw.view(slot.dtype).reshape(slot.shape)  # (bytes,) -> the slot's shape
-
-    def write(self, slot: Slot, start: int, data: memoryview) -> None:
-        """Put bytes at `start`."""
-        bytes_of(self._raw)[start : start + len(data)] = data
 
 
 def _trials(settings: Align, inputs: Inputs) -> list[_Trial]:

@@ -1,8 +1,9 @@
 """The streaming engine: a recipe becomes a plan, a plan becomes a directory, at the speed of the disk.
 
-`inputs` opens the models and lays them beside each other, `roles` and `rules` say what each tensor is and gets, `plan`
-puts that together, `compute` makes one tensor, `threads` make many, `processes` and `cluster` spread them over devices
-and hosts, `execute` leads, `journal` and `staging` make an interrupted merge go on and a finished one appear at once.
+- `plan`: what will happen to each tensor, decided from headers; `cost`: what that takes on this machine
+- `run`: how one tensor is made, in chunks or whole, on a CPU or an accelerator
+- `executors`: threads, one process per device, or Ray tasks, which make all of them; `execute` chooses and leads
+- `output`: the directory being filled, the journal that an interrupted merge resumes from, and its publication
 
     with open_inputs(recipe) as inputs:
         plan = build(recipe, inputs)
@@ -18,6 +19,7 @@ from modelweld.engine.plan.inputs import Inputs, open_inputs
 from modelweld.engine.plan.planner import build
 from modelweld.engine.plan.records import Plan, TensorPlan
 from modelweld.engine.progress import Progress
+from modelweld.engine.run.in_memory import merge_in_memory
 
 __all__ = [
     "DevicePlacement",
@@ -29,6 +31,7 @@ __all__ = [
     "build",
     "execute",
     "execute_together",
+    "merge_in_memory",
     "open_inputs",
     "place",
     "publish",

@@ -8,37 +8,36 @@ is one thread's work, in order, so that its bytes, digest and statistics do not 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 from modelweld.checkpoints import Checkpoint
-from modelweld.checkpoints.buffers import bytes_of
 from modelweld.checkpoints.shards import Slot
 from modelweld.config.methods import MethodParameters
 from modelweld.engine.output.journal import TensorRecord
-from modelweld.engine.plan.adapters import factors_of, merge_factors, stored_factor
 from modelweld.engine.plan.inputs import Expert, Inputs
-from modelweld.engine.plan.records import TensorPlan, dtype_name
+from modelweld.engine.plan.records import TensorPlan
 from modelweld.engine.run.chunks import Combine, in_host_memory, on_device
 from modelweld.engine.run.device_stream import CHUNK as DEVICE_CHUNK
 from modelweld.engine.run.device_stream import DeviceStream
 from modelweld.engine.run.diagnostics import to_plain
+from modelweld.engine.run.factors import factors_of, merge_factors, stored_factor
 from modelweld.engine.run.packing import merge_packed
 from modelweld.engine.run.reader import BASE, SAMPLE_BLOCK, Cancelled, Hashers, Reader, require_finite, sample_starts
+from modelweld.engine.run.writer import Target, TensorWriter
 from modelweld.errors import MergeError
 from modelweld.methods.method import TensorContext
 from modelweld.methods.numerics.low_rank import LowRank
 from modelweld.methods.registry import method
 from modelweld.methods.streaming import TensorStatistics
 
-__all__ = ["CHUNK", "Cancelled", "Rounding", "Target", "Worker", "chunk_elements"]
+__all__ = ["CHUNK", "Cancelled", "Worker", "chunk_elements"]
 
 _CACHE = 1 << 23  # bytes of one chunk across all models, per thread
 _ROWS = 4  # of a chunk beside the experts': the base, the result, and two on the way
@@ -46,33 +45,6 @@ CHUNK = 1 << 16  # elements of the final pass over a whole tensor
 
 
 R = TypeVar("R")
-
-
-class Target(Protocol):
-    """Where a tensor's bytes go: a shard on disk, or memory."""
-
-    def write(self, slot: Slot, start: int, data: memoryview) -> None:
-        """Put bytes at `start` of the slot."""
-
-
-@dataclass
-class Rounding:
-    """Squared norms of the merged delta and of what the output's dtype took from the result."""
-
-    delta: float = 0.0
-    lost: float = 0.0
-
-    def add(self, delta: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        """Count one chunk (all three flat); `exact` is overwritten."""
-        self.delta += float(torch.dot(delta, delta))
-        if rounded.dtype.itemsize < exact.dtype.itemsize:
-            difference = exact.sub_(rounded.to(exact.dtype))  # a difference of two dtypes is several times slower
-            self.lost += float(torch.dot(difference, difference))
-
-    @property
-    def survival(self) -> float:
-        """1 - ‖rounded - exact‖ / ‖delta‖, at least 0; 1 where there was no delta to lose."""
-        return max(0.0, 1.0 - math.sqrt(self.lost / self.delta)) if self.delta else 1.0
 
 
 def chunk_elements(experts: int) -> int:
@@ -136,13 +108,13 @@ class Worker:
     def _copy(self, tensor: TensorPlan, slot: Slot, out: Target) -> TensorRecord:
         source = self._inputs.reference
         label = BASE if self._inputs.base is not None else self._labels[0]
-        read, written = blake3(), blake3()
+        read, writer = blake3(), TensorWriter(tensor, slot, out)
         for start, count in self._reader.pieces(tensor.elements):
             values = self._reader.read(source, tensor.name, start, count, read)
             if values.is_floating_point():
                 require_finite(values, tensor.name, label, source, tensor.name)
-            self._emit(values.to(tensor.dtype), slot, start, out, written)
-        return TensorRecord(tensor.name, written.hexdigest(), {label: read.hexdigest()})
+            writer.copy(values, start)
+        return writer.record({label: read.hexdigest()})
 
     def _streamed(self, tensor: TensorPlan, parameters: MethodParameters, slot: Slot, out: Target) -> TensorRecord:
         chosen = method(parameters.method)
@@ -167,17 +139,19 @@ class Worker:
                 )
                 yield start, origin, combine(stack, origin, start)
 
-        written, rounding = blake3(), Rounding()
+        writer = TensorWriter(tensor, slot, out)
         for start, origin, merged in _ahead(merged_pieces()) if self._stream.is_accelerator else merged_pieces():
             self._stream.synchronize()
-            exact = merged if base is None else origin.add_(merged)
-            self._finish(merged, exact, base is not None, tensor, slot, start, out, written, rounding)
+            if base is None:
+                writer.weights(merged, start)
+            else:
+                writer.delta(merged, origin.add_(merged), start)
         inputs = known or _hexdigests(hashers)
         if base is None:
             inputs = {label: inputs[label] for label in self._labels}
         said = to_plain(statistics.diagnostics(tensor.elements)) if statistics is not None else {}
         fallback: Literal["blocks"] | None = "blocks" if self._stream.block < DEVICE_CHUNK else None
-        return _record_of(tensor, written, inputs, rounding if base is not None else None, said, fallback)
+        return writer.record(inputs, said, fallback)
 
     def _combine(
         self,
@@ -297,37 +271,14 @@ class Worker:
     ) -> TensorRecord:
         """Add a whole tensor's delta to the base's `flat`, round and write it."""
         self._reader.check_stop()
-        written, rounding = blake3(), Rounding()
+        writer = TensorWriter(tensor, slot, out)
         for start in range(0, tensor.elements, CHUNK):
             part = delta[start : start + CHUNK]
-            exact = part if flat is None else part + flat[start : start + CHUNK]
-            self._finish(part, exact, flat is not None, tensor, slot, start, out, written, rounding)
-        counted = rounding if flat is not None else None
-        return _record_of(tensor, written, shared.inputs, counted, to_plain(context.diagnostics), shared.fallback)
-
-    def _finish(
-        self,
-        delta: Tensor,
-        exact: Tensor,
-        based: bool,
-        tensor: TensorPlan,
-        slot: Slot,
-        start: int,
-        out: Target,
-        written: blake3,
-        rounding: Rounding,
-    ) -> None:
-        rounded = exact.to(tensor.dtype)
-        _require_finite_result(exact, rounded, tensor)
-        self._emit(rounded, slot, start, out, written)
-        if based:
-            rounding.add(delta, exact, rounded)
-
-    def _emit(self, values: Tensor, slot: Slot, start: int, out: Target, hasher: blake3) -> None:
-        if values.numel():
-            view = bytes_of(values.contiguous())
-            hasher.update(view)
-            out.write(slot, start * values.dtype.itemsize, view)
+            if flat is None:
+                writer.weights(part, start)
+            else:
+                writer.delta(part, part + flat[start : start + CHUNK], start)
+        return writer.record(shared.inputs, to_plain(context.diagnostics), shared.fallback)
 
 
 @dataclass
@@ -373,36 +324,8 @@ class _TensorChunks:
         return torch.cat(blocks, dim=1)
 
 
-def _require_finite_result(exact: Tensor, rounded: Tensor, tensor: TensorPlan) -> None:
-    """Raise MergeError for a result that is not finite, before or after rounding."""
-    if exact.numel() == 0:
-        return
-    low, high = (float(value) for value in torch.aminmax(exact))
-    largest = torch.finfo(rounded.dtype).max
-    # A little above the largest number some still round down to it.
-    if (-largest <= low and high <= largest) or bool(rounded.isfinite().all()):
-        return
-    if bool(exact.isnan().any()):
-        hint = "change its parameters, or the models' weights"
-        raise MergeError(f"{tensor.method} gives NaN for these models", where=tensor.name, hint=hint)
-    hint = "use a smaller scale" if rounded.dtype.itemsize >= 4 else "output: {dtype: float32}, or a smaller scale"
-    raise MergeError(f"the merge overflows {dtype_name(rounded.dtype)}", where=tensor.name, hint=hint)
-
-
 def _hexdigests(hashers: Hashers) -> dict[str, str]:
     return {label: hasher.hexdigest() for label, hasher in hashers.items()}
-
-
-def _record_of(
-    tensor: TensorPlan,
-    written: blake3,
-    inputs: dict[str, str],
-    rounding: Rounding | None,
-    said: dict[str, float | int | str],
-    fallback: Literal["cpu", "blocks"] | None,
-) -> TensorRecord:
-    norm, survival = (math.sqrt(rounding.delta), rounding.survival) if rounding else (None, None)
-    return TensorRecord(tensor.name, written.hexdigest(), inputs, norm, survival, said, fallback)
 
 
 def _ahead(items: Iterator[R]) -> Iterator[R]:
