@@ -123,4 +123,4 @@ def execute_together(
         progress.advance(sum(head.bytes for head in first.heads))
         syncer.wait()
         seconds = {"prepare": prepared - started, "merge": merged - prepared, "sync": time.perf_counter() - merged}
-    return [Execution(dict(sorted(output.finished.items())), output.kept, seconds, peak) for output in outputs]
+    return [Execution(dict(sorted(output.finished.items())), output.taken_over, seconds, peak) for output in outputs]

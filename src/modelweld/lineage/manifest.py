@@ -172,7 +172,7 @@ def _tensor(tensor: TensorPlan, entry: TensorRecord) -> dict[str, Any]:
     del document["name"]
     document |= {"digest": entry.digest, "delta_survival": entry.survival, "delta_norm": entry.delta_norm}
     # Smaller blocks change no byte, and how much memory was free is no part of what a merge is.
-    return document | dict(entry.figures) | ({"device": "cpu"} if entry.fallback == "cpu" else {})
+    return document | dict(entry.diagnostics) | ({"device": "cpu"} if entry.fallback == "cpu" else {})
 
 
 def _parents(

@@ -1,6 +1,6 @@
-"""A grid of merges: one candidate a combination of parameters, from one reading of the models.
+"""A grid of merges: one candidate per combination of parameters, from one reading of the models.
 
-What does not depend on the parameters is done once a weight (DRM's factorisation above all), and tensors that two
+What does not depend on the parameters is done once per weight (DRM's factorisation above all), and tensors that two
 candidates make alike are made once. Each candidate is byte for byte what `merge` would have written.
 """
 

@@ -77,8 +77,8 @@ def merge(
     """Weld a recipe's experts into the directory `out`, which appears at once and complete.
 
     Interrupted, the same call goes on where it was. An `out` that an earlier merge wrote is replaced; one with anything
-    else in it is refused. Several devices (`cuda:0,cuda:1`) have a process each, a Ray cluster (`executor="ray:…"`) a
-    task a shard; `threads` and `memory_limit` are for all processes of this machine together, or for each task.
+    else in it is refused. Several devices (`cuda:0,cuda:1`) have one process each, a Ray cluster (`executor="ray:…"`)
+    one task per shard; `threads` and `memory_limit` are for all processes of this machine together, or for each task.
 
     `sources` are pinned entries of sources.lock.json by model, for the manifest. A recipe with `align:` has its experts
     brought to one order first; symmetries are cached below `root`, by default this folder.

@@ -81,12 +81,12 @@ def _shard(payload: bytes, share: Partition) -> tuple[Made, str, int]:
     task: WorkerJob = pickle.loads(payload)  # noqa: S301 - from the process that began this task
     # Two attempts at a shard may overlap when a host only seemed gone: each writes in a journal of its own.
     own = replace(share, device=resolve_device(str(share.device)), journal=f"{share.journal}.{uuid.uuid4().hex}")
-    kept = _Kept()
-    run_partition(task, own, kept, sync=True)
-    return kept.entries, ray.get_runtime_context().get_worker_id(), peak_resident()
+    records = _Records()
+    run_partition(task, own, records, sync=True)
+    return records.entries, ray.get_runtime_context().get_worker_id(), peak_resident()
 
 
-class _Kept:
+class _Records:
     """Collects the records until the task returns them."""
 
     def __init__(self) -> None:

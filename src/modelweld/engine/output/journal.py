@@ -21,7 +21,7 @@ class TensorRecord:
     """A tensor that is on disk: digests of its bytes and of the inputs', and what rounding left of its delta.
 
     `delta_norm` is the norm of what was merged into the base, `survival` the share of it that the output's dtype kept;
-    both are None where the base was not read. `figures` are what the method has to say of this tensor; `fallback` says
+    both are None where the base was not read. `diagnostics` are what the method reports of this tensor; `fallback` says
     that the device's memory ran out: it was merged on the `cpu`, or in smaller `blocks`, which changes no byte.
     """
 
@@ -30,7 +30,7 @@ class TensorRecord:
     inputs: Mapping[str, str]
     delta_norm: float | None = None
     survival: float | None = None
-    figures: Mapping[str, float | int | str] = field(default_factory=dict)
+    diagnostics: Mapping[str, float | int | str] = field(default_factory=dict)
     fallback: Literal["cpu", "blocks"] | None = None
 
 

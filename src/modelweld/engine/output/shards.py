@@ -62,7 +62,7 @@ class Output:
         self.shards, self.journal, self.finished = shards, journal, finished
         self.slots = plan.layout.slots
         self.tensors = {tensor.name: tensor for tensor in plan.tensors}
-        self.kept = len(finished)
+        self.taken_over = len(finished)
         self._lock = threading.Lock()
         self._syncer: Syncer | None = None
         self._unfinished = Counter(self.slots[name].file for name in self.tensors if name not in finished)

@@ -1,4 +1,4 @@
-"""LoRA experts in the engine: which tensors stay low-rank, how their factors are merged, and merged adapters kept so.
+"""LoRA experts in a plan: which tensors are merged in their factors, and the output tensors of an adapter kept as one.
 
 A weight that adapters change is merged in its factors where the method can and no whole tensor takes part; otherwise
 its delta is made dense, one weight at a time. What no adapter changes is the base's, unread.

@@ -4,7 +4,7 @@ Defaults, in order: integers and bools, then buffers, are the base's (but for th
 which are averaged); a method that takes whole matrices (DRM) takes the 2-D weights of linear layers, and everything
 else (embeddings, norms, biases, convolutions) goes to the recipe's `others`, by default TIES' sign election and
 disjoint mean with nothing trimmed and the recipe's own scale; any other method takes every trained tensor. Heads are
-kept, one a task.
+kept, one per task.
 """
 
 from __future__ import annotations
