@@ -1,11 +1,12 @@
-"""The way to a device and back, as far as it goes without one: lanes that copy, and memory that runs out.
+"""The way to a device and back, as far as it goes without one: streams that copy, and memory that runs out.
 
-`Moving` sends to the CPU what a real lane sends to a GPU, through the same buffers and in the same order.
+`Moving` sends to the CPU what a real stream sends to a GPU, through the same buffers and in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ MATRIX = "model.layers.0.mlp.down_proj.weight"
 
 
 class Moving(DeviceStream):
-    """A lane that copies although its device is the host, and counts what is under way."""
+    """A stream that copies although its device is the host, and counts what is under way."""
 
     most = 0
     chunk = 4096
@@ -59,7 +60,7 @@ class Moving(DeviceStream):
 
 
 def move(patch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Let every worker's lane move, in chunks of so many elements."""
+    """Let every worker's stream copy, in chunks of so many elements."""
     patch.setattr(worker, "DeviceStream", Moving)
     patch.setattr(worker, "DEVICE_CHUNK", chunk)
     patch.setattr(Moving, "chunk", chunk)
@@ -83,14 +84,15 @@ def test_what_goes_to_a_device_comes_back_as_if_it_had_stayed(
         assert {n: entry.get(key) for n, entry in away.items()} == {n: entry.get(key) for n, entry in here.items()}
 
 
-def short_of_memory(name: str, fits: Callable[[torch.Tensor], bool]) -> Method:
+def short_of_memory(name: str, fits: Callable[[torch.Tensor], bool]) -> Method[Any]:
     """The method on a device that has no room for what does not fit."""
     real = method(name)
 
-    def function(deltas: torch.Tensor, *rest: Any) -> torch.Tensor:
+    @functools.wraps(real.function)  # its keywords say what it is given
+    def function(deltas: torch.Tensor, **given: Any) -> torch.Tensor:
         if not fits(deltas):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real.function(deltas, *rest)
+        return real.function(deltas, **given)
 
     return dataclasses.replace(real, function=function)
 
