@@ -100,7 +100,9 @@ def test_the_schema_knows_every_method_and_refuses_unknown_keys() -> None:
 
 
 def test_every_yaml_of_the_project_says_what_it_is_and_how_to_run_it() -> None:
-    listed = subprocess.run(["git", "ls-files", "*.yaml"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # What releases wrote is frozen as it was written.
+    files = ("*.yaml", ":!tests/formats")
+    listed = subprocess.run(["git", "ls-files", *files], cwd=ROOT, capture_output=True, text=True, check=True)
     shipped = listed.stdout.split()
     assert "dvc.yaml" in shipped
     for path in shipped:
