@@ -15,8 +15,6 @@ from modelweld.flows.crashed_runs import report_crashed_runs
 from modelweld.flows.steps import (
     RetryPolicy,
     log_progress,
-    merge_notes,
-    outcome,
     pin,
     push,
     record,
@@ -24,6 +22,7 @@ from modelweld.flows.steps import (
     show_scores,
     stages,
 )
+from modelweld.flows.summary import merge_notes, outcome
 from modelweld.workspace import Project
 
 HOUR_S = 3600.0

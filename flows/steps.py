@@ -6,9 +6,8 @@ Every task has `cache_policy=NO_CACHE`: DVC alone decides what is stale, and a s
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,12 +18,13 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
-from modelweld.config import load_params
-from modelweld.errors import ExternalError, GateRefused, WorkspaceError
+from modelweld.errors import ExternalError, GateRefused
+from modelweld.flows.pinning import pin_sources
+from modelweld.flows.summary import score_rows
 from modelweld.registry.connection import tracking_uri
 from modelweld.registry.from_record import Outcome, register_record
 from modelweld.registry.promotion import current_actor
-from modelweld.sources import LOCK_NAME, Change, changes, read_lock, resolve, write_lock
+from modelweld.sources import Change
 from modelweld.workspace import Project, Record, Worktree
 from modelweld.workspace.failures import is_advice
 from modelweld.workspace.worktree import Repro
@@ -45,22 +45,11 @@ def log_progress(message: str, **facts: Any) -> None:
 
 @task(cache_policy=NO_CACHE, task_run_name="pin")
 def pin(tree: Worktree, *, frozen: bool) -> list[Change]:
-    """What became of every source since the lock before: sources.lock.json is written into the worktree.
-
-    With `frozen` the project's own lock, else the last record's, is taken as it is.
-    """
-    ours, theirs = tree.project.root / LOCK_NAME, tree.path / LOCK_NAME
-    previous = read_lock(ours) or read_lock(theirs)
+    """How every source differs from the lock before: sources.lock.json is written into the worktree."""
+    found = pin_sources(tree, frozen=frozen)
     if frozen:
-        if previous is None:
-            raise WorkspaceError("--frozen needs sources.lock.json", where=str(ours), hint="`modelweld pin` writes it")
-        if ours.exists():
-            theirs.write_bytes(ours.read_bytes())
         log_progress("sources: taken as they were pinned")
-        return []
-    lock = resolve(load_params(tree.path / "params.yaml"), tree.project.root, previous)
-    write_lock(lock, theirs)
-    found = changes(previous, lock)
+        return found
     moved = [change for change in found if change.what != "same"]
     log_progress(f"sources: {len(found)} pinned, " + (", ".join(f"{c.key} {c.what}" for c in moved) or "all as before"))
     return found
@@ -176,26 +165,6 @@ def show_scores(made: Record) -> None:
         create_table_artifact(rows, key=_key("scores", made.name), description=f"Scores of `{made.tag}`")
 
 
-def score_rows(made: Record) -> list[dict[str, Any]]:
-    """One row per task and system: the metric with its interval, macro-F1, and the share of the expert's score."""
-    rows = []
-    for path in made.files("scores"):
-        document = json.loads(made.read(path))
-        for system, scores in document["systems"].items():
-            chosen = scores[document["metric"]]
-            rows.append(
-                {
-                    "task": document["task"],
-                    "system": system,
-                    document["metric"]: chosen["value"],
-                    "low": chosen.get("low"),
-                    "high": chosen.get("high"),
-                    "of expert": scores.get("normalised"),
-                }
-            )
-    return rows
-
-
 def _show_version(project: Project, found: Outcome) -> None:
     made, where = found.registered, tracking_uri(project.root)
     key = _key("version", made.name)
@@ -208,26 +177,6 @@ def _show_version(project: Project, found: Outcome) -> None:
         show = f"mlflow ui --backend-store-uri {where}"
         create_markdown_artifact(f"# {made.uri}\n\n{facts}\n\nSee it: `{show}`\n", key=key, description=made.record)
     log_progress(f"register: {made.uri} (aliases: {aliases})")
-
-
-def merge_notes(tree: Worktree) -> list[str]:
-    """What the merge stage remarked on its models: that they are aligned already, say."""
-    file = tree.path / "merged" / "manifest.json"
-    # Where no stage needed the merge itself, DVC has not brought it into the worktree.
-    notes: list[str] = json.loads(file.read_text(encoding="utf-8")).get("notes", []) if file.is_file() else []
-    return notes
-
-
-def outcome(made: Record, done: list[Repro], notes: list[str], found: Outcome | None) -> dict[str, Any]:
-    """The flow's answer, as plain data."""
-    return {
-        "status": "registered" if found else "recorded" if done else "unchanged",
-        "record": made.as_dict(),
-        "stages": [asdict(repro) for repro in done],
-        "scores": score_rows(made),
-        "notes": notes,
-        "registered": found.as_document() if found else None,
-    }
 
 
 def _key(kind: str, name: str) -> str:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelweld.cli.app import app, emit, options, stderr
+from modelweld.cli.app import app, emit, stderr
+from modelweld.cli.app import options as root_options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from modelweld.workspace import Project
-
-SERVER_START_S = 120.0
 
 
 @app.command()
@@ -40,19 +35,43 @@ def run(
     project.head()
     if not allow_dirty:
         project.require_clean()
-    ready = _prefect(project)
-    from modelweld.flows.merge import merge
-
-    _show_progress(stage_lines=not quiet)
-    ready()
-    done = merge(
-        project=str(project.root),
+    done = (None if project.changed_files() else _unchanged(project, frozen)) or _flow(
+        project,
+        quiet=quiet,
         frozen=frozen,
         allow_dirty=allow_dirty,
         to_registry=register,
         stage_timeout_s=stage_timeout,
     )
     emit(done, _text(done, project))
+
+
+def _unchanged(project: Project, frozen: bool) -> dict[str, Any] | None:
+    """What the flow would answer where it has nothing to do; None where it may have."""
+    from modelweld.flows.summary import outcome
+    from modelweld.flows.unchanged import unchanged_since
+
+    known = unchanged_since(project, frozen=frozen)
+    return None if known is None else outcome(known, [], [], None)
+
+
+def _flow(project: Project, *, quiet: bool, **options: Any) -> dict[str, Any]:
+    from modelweld.flows import session
+
+    def on_server() -> None:
+        stderr.print("no Prefect server is named (PREFECT_API_URL): one starts for this run", style="dim")
+
+    ready = session.begin(_prefect_home(project), quiet=not root_options.debug, on_server=on_server)
+    from modelweld.flows.merge import merge
+
+    session.show_progress(lambda line: stderr.print(line, markup=False, highlight=False), None if quiet else _show_line)
+    ready()
+    done: dict[str, Any] = merge(project=str(project.root), **options)
+    return done
+
+
+def _prefect_home(project: Project) -> Path:
+    return project.state_dir / "prefect"
 
 
 @app.command()
@@ -87,53 +106,6 @@ def _show_line(line: str) -> None:
     stderr.print(f"  │ {line}", style="dim", markup=False, highlight=False)
 
 
-def _prefect(project: Project) -> Callable[[], None]:
-    """Set Prefect up as the user did, else with a home in the project and a server of this process; waits for that."""
-    from modelweld.flows.server import temporary_server
-    from modelweld.workspace.processes import TELEMETRY_OFF
-
-    settings = dict(TELEMETRY_OFF)
-    if not options.debug:
-        # What Prefect and MLflow say goes to their own databases; the terminal shows the run.
-        settings |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "MLFLOW_LOGGING_LEVEL": "WARNING"}
-    theirs = os.environ.keys() & {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"}
-    if not theirs:
-        settings["PREFECT_HOME"] = str(project.state_dir / "prefect")
-    for key, value in settings.items():
-        os.environ.setdefault(key, value)
-    if theirs:
-        return lambda: None
-    stderr.print("no Prefect server is named (PREFECT_API_URL): one starts for this run", style="dim")
-    # Left at the very end: Prefect sends its last events while the interpreter shuts down, and registers that later.
-    lasting = ExitStack()
-    atexit.register(lasting.close)
-    return lasting.enter_context(temporary_server(Path(settings["PREFECT_HOME"]), SERVER_START_S))
-
-
-class _Terminal(logging.Handler):
-    """Shows the log records that a flow marked for the terminal."""
-
-    def __init__(self, stage_lines: bool) -> None:
-        super().__init__(logging.INFO)
-        self.stage_lines = stage_lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        facts: dict[str, Any] | None = getattr(record, "modelweld", None)
-        if facts is None or (facts.get("line") and not self.stage_lines):
-            return
-        if facts.get("line"):
-            _show_line(record.getMessage())
-            return
-        seconds = f" in {facts['seconds']:.1f} s" if "seconds" in facts else ""
-        stderr.print(f"{record.getMessage()}{seconds}", markup=False, highlight=False)
-
-
-def _show_progress(stage_lines: bool) -> None:
-    handler = _Terminal(stage_lines)
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addHandler(handler)
-
-
 def _text(done: dict[str, Any], project: Project) -> Any:
     from rich.console import Group
     from rich.markup import escape
@@ -153,10 +125,11 @@ def _text(done: dict[str, Any], project: Project) -> Any:
 
 def _more(project: Project) -> list[str]:
     """Where a person would look next, as commands that can be pasted."""
+    from modelweld.flows.session import is_own_server
+
     state = project.state_dir
-    # By now PREFECT_API_URL is set even where the server is this run's own: its home tells.
-    home = str(state / "prefect")
-    server = f"PREFECT_HOME={home} " if os.environ.get("PREFECT_HOME") == home else ""
+    home = _prefect_home(project)
+    server = f"PREFECT_HOME={home} " if is_own_server(home) else ""
     registry = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{project.root / 'mlflow.db'}")
     docs = state / "data-docs" / "index.html"
     return [
@@ -168,7 +141,7 @@ def _more(project: Project) -> list[str]:
 
 
 def _scores(rows: list[dict[str, Any]]) -> Table:
-    """The scores as a table: a line a system, a column a task, what was registered in bold."""
+    """The scores as a table: one line per system, one column per task, what was registered in bold."""
     from statistics import fmean
 
     from rich.table import Table

@@ -33,6 +33,13 @@ def try_git(root: Path, *words: str) -> str | None:
     return done.stdout.decode().strip() if done.returncode == 0 else None
 
 
+def read_file(root: Path, rev: str, path: str) -> bytes | None:
+    """A file of `rev` below the folder `root`; None when `rev` does not hold it."""
+    # `./` makes git resolve the path from the folder, which may lie below the repository's top.
+    done = _run(root, ("show", f"{rev}:./{path}"), None, None)
+    return done.stdout if done.returncode == 0 else None
+
+
 def identity(root: Path) -> dict[str, str]:
     """Whose name a record carries: the user's where git knows one, else modelweld's own."""
     if try_git(root, "config", "user.email") or os.environ.get("GIT_COMMITTER_EMAIL"):

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelweld.errors import WorkspaceError
-from modelweld.workspace.git import git, identity, line, try_git
+from modelweld.workspace.git import git, identity, line, read_file, try_git
 
 PREFIX = "merge-run"
 SCHEMA = "modelweld.record/1"
@@ -49,6 +49,10 @@ class Record:
         """A file as git has it in the record, e.g. `dvc.lock`, `scores/sst2.json`; WorkspaceError without one."""
         # `./` makes git resolve the path from the project's own folder, which may lie below the repository's top.
         return git(self.root, "show", f"{self.commit}:./{path}")
+
+    def find(self, path: str) -> bytes | None:
+        """A file as git has it in the record; None when the record does not hold it."""
+        return read_file(self.root, self.commit, path)
 
     def files(self, folder: str) -> list[str]:
         """The paths of the files that git has under `folder` in the record."""

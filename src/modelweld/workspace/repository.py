@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from modelweld.errors import WorkspaceError
 from modelweld.workspace import records
-from modelweld.workspace.git import git, try_git
+from modelweld.workspace.git import git, read_file, try_git
 from modelweld.workspace.processes import LineCallback
 from modelweld.workspace.records import Record
 from modelweld.workspace.worktree import Worktree
@@ -105,6 +105,10 @@ class Project:
             )
         return commit
 
+    def committed(self, path: str) -> bytes | None:
+        """A file as git has it at HEAD; None when it is not committed."""
+        return read_file(self.root, "HEAD", path)
+
     def changed_files(self) -> list[str]:
         """Tracked files that differ from HEAD, but for the two locks that machines write."""
         listed = git(self.root, "diff", "--name-only", "-z", "HEAD", "--").decode()
@@ -124,12 +128,18 @@ class Project:
 
     @contextmanager
     def worktree(
-        self, run_id: str | None = None, *, allow_dirty: bool = False, flow_run_id: str | None = None
+        self,
+        run_id: str | None = None,
+        *,
+        allow_dirty: bool = False,
+        flow_run_id: str | None = None,
+        keep_on_error: bool = True,
     ) -> Iterator[Worktree]:
         """A fresh checkout of HEAD over this project's DVC cache, for one run.
 
         It starts from the locks of the newest record of the same model, so that DVC decides what is stale. Left without
-        an error it is removed; else it is kept, with whatever was done, until newer dead runs push it out.
+        an error it is removed; else it is kept, with whatever was done, until newer dead runs push it out, unless
+        `keep_on_error` is false.
         """
         self.head()
         dirty = bool(self.changed_files())
@@ -143,7 +153,10 @@ class Project:
         with FileLock(folder / f"{run_id}.lock", timeout=0):
             note = {"run_id": run_id, "flow_run_id": flow_run_id, "pid": os.getpid()}
             (folder / f"{run_id}.json").write_text(json.dumps(note), encoding="utf-8")
-            with self._checkout(folder / run_id, "HEAD", keep_on_error=True) as top:
+            with (
+                self._forgotten_on_error(run_id, not keep_on_error),
+                self._checkout(folder / run_id, "HEAD", keep_on_error=keep_on_error) as top,
+            ):
                 tree = Worktree(self, run_id, self._inside(top), dirty)
                 if dirty:
                     self._bring_changes(top)
@@ -293,6 +306,15 @@ class Project:
                 where=str(self.root),
                 hint=f"git add {' '.join(missing)} && git commit",
             )
+
+    @contextmanager
+    def _forgotten_on_error(self, run_id: str, forget: bool) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if forget:
+                self._forget(run_id)
+            raise
 
     def _alive(self, run_id: str) -> bool:
         try:
