@@ -161,7 +161,7 @@ def test_a_refusal_and_bad_input_are_not(again: Toy, code: str, kind: type[Model
     again.order("validate", "exit", f"{code} 0")
     with pytest.raises(kind) as error:
         run(again)
-    assert error.value.what == "models/a: validate was told to fail"
+    assert (error.value.what, error.value.where) == ("validate was told to fail", "stage validate: models/a")
     assert again.ran() == ["validate"]
     (kept,) = Project.find(again.root).runs()
     assert not kept.alive

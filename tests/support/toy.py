@@ -54,7 +54,11 @@ codes = order.read_text().split() if order.exists() else []
 if codes:
     order.write_text(" ".join(codes[1:]))
     if codes[0] != "0":
-        print(f"error: models/a: {name} was told to fail\\n  hint: take the order away", file=sys.stderr)
+        kind = {"1": "GateRefused", "2": "CheckpointError", "3": "DiskFull"}.get(codes[0], "ModelweldError")
+        error = {"error": kind, "what": f"{name} was told to fail", "where": "models/a", "hint": "take the order away"}
+        if "MODELWELD_ERROR_FILE" in os.environ and not (home / "orders" / "unreported").exists():
+            write(os.environ["MODELWELD_ERROR_FILE"], {"schema": "modelweld.stage_error/1", **error})
+        print(f"{name} was told to fail", file=sys.stderr)
         if int(codes[0]) < 0:
             os.kill(os.getpid(), -int(codes[0]))
         sys.exit(int(codes[0]))

@@ -11,8 +11,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from modelweld import extras
-from modelweld.errors import ModelweldError
+from modelweld import extras, stage_errors
+from modelweld.errors import ModelweldError, to_plain
 
 INTERRUPTED = 130
 
@@ -105,8 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(error)
     except ModuleNotFoundError as error:
         if (needed := extras.explain(error)) is None:
+            stage_errors.write(error)
             raise
         _leave(needed)
+    except Exception as error:
+        stage_errors.write(error)
+        raise
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:
             stderr.print("what was finished is kept; the same command goes on from there", style="yellow")
@@ -123,7 +127,8 @@ def _import_commands(words: list[str]) -> None:
 
 
 def _leave(error: ModelweldError) -> NoReturn:
-    """Print the error and exit with its code."""
+    """Print the error, write it where the process that started this one reads it, and exit with its code."""
+    stage_errors.write(error)
     if options.debug:
         stderr.print_exception()
     _show(error)
@@ -132,7 +137,6 @@ def _leave(error: ModelweldError) -> NoReturn:
 
 def _show(error: ModelweldError) -> None:
     if options.json:
-        record = {"error": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
-        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        sys.stdout.write(json.dumps(to_plain(error), indent=2) + "\n")
     stderr.print("[bold red]error:[/]", end=" ")
     stderr.print(str(error), markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What a failed `dvc` process meant, told by its lines: a gate that refused, bad input, or something outside."""
+"""What a failed `dvc` process meant: the error that the stage reported, else DVC's own failure, told by its lines."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from modelweld.errors import (
     DiskFull,
     ExternalError,
-    GateRefused,
-    InputError,
     ModelweldError,
     RemoteUnavailable,
     WorkspaceError,
@@ -43,8 +41,10 @@ def is_advice(line: str) -> bool:
     return line.strip().startswith(ADVICE)
 
 
-def of_stage(ended: ProcessResult, group: str, timeout_s: float | None) -> ModelweldError:
-    """The error that `dvc repro` of `group` ended with."""
+def of_stage(
+    ended: ProcessResult, group: str, timeout_s: float | None, reported: ModelweldError | None = None
+) -> ModelweldError:
+    """The error that `dvc repro` of `group` ended with; `reported` is the one that the stage itself wrote."""
     text = "\n".join(ended.lines)
     if ended.timed_out:
         return ExternalError(
@@ -52,7 +52,7 @@ def of_stage(ended: ProcessResult, group: str, timeout_s: float | None) -> Model
         )
     for line in reversed(ended.lines):
         if match := EXITED.search(line):
-            return _of_command(match["stage"], int(match["code"]), _own_lines(ended.lines))
+            return _of_command(match["stage"], int(match["code"]), reported, ended.lines)
     if "is busy" in text or "Unable to acquire lock" in text:
         return StageBusy("DVC is busy in this workspace", where=f"stage {group}", hint="wait for the other run")
     return _of_dvc(text, ended, f"stage {group}")
@@ -68,28 +68,28 @@ def of_push(ended: ProcessResult) -> ModelweldError:
     )
 
 
-def _of_command(stage: str, code: int, lines: Sequence[str]) -> ModelweldError:
+def _of_command(stage: str, code: int, reported: ModelweldError | None, lines: Sequence[str]) -> ModelweldError:
+    """The error of a stage's command: what it reported, else what its exit code means, with its last lines."""
     where = f"stage {stage}"
-    what, hint = _what_it_said(lines)
     if code < 0 or code > SIGNALLED:
         number = -code if code < 0 else code - SIGNALLED
         return ExternalError(
-            f"ended by signal {number}: {what}",
+            f"ended by signal {number}: {_last_lines(lines)}",
             where=where,
             hint="signal 9 is most often the memory: see `modelweld plan`",
         )
+    if reported is not None:
+        place = f"{where}: {reported.where}" if reported.where else where
+        return type(reported)(reported.what, where=place, hint=reported.hint)
     if code in COMMAND_NOT_FOUND:
         return WorkspaceError(
-            f"its command was not found: {what}", where=where, hint="install it in the environment that runs modelweld"
+            f"its command was not found: {_last_lines(lines)}",
+            where=where,
+            hint="install it in the environment that runs modelweld",
         )
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return ModelweldError(f"crashed: {what}", where=where, hint="this is a defect of the stage; please report it")
-    if code == ExternalError.exit_code:
-        full = "No space left on device" in "\n".join(lines)
-        return (DiskFull if full else ExternalError)(what, where=where, hint=hint)
-    if code == GateRefused.exit_code:
-        return GateRefused(what, where=where, hint=hint)
-    return InputError(what, where=where, hint=hint)
+    # A command of the project's own. Exit code 1 need not be a gate: it is also how an interpreter crashes.
+    kind = ExternalError if code == ExternalError.exit_code else ModelweldError
+    return kind(f"its command ended with exit code {code}: {_last_lines(lines)}", where=where)
 
 
 def _of_dvc(text: str, ended: ProcessResult, where: str) -> ModelweldError:
@@ -107,27 +107,11 @@ def _of_dvc(text: str, ended: ProcessResult, where: str) -> ModelweldError:
     return WorkspaceError(f"DVC failed: {said}", where=where, hint="`dvc repro` by hand shows the same with -v")
 
 
-def _own_lines(lines: Sequence[str]) -> list[str]:
-    """The failed stage's own lines: after DVC said that it runs, without DVC's."""
+def _last_lines(lines: Sequence[str]) -> str:
+    """What the failed stage printed last: after DVC said that it runs, without DVC's own lines."""
     start = max((n for n, line in enumerate(lines) if RUNNING.match(line)), default=-1)
     own = [line for line in lines[start + 1 :] if not line.startswith(("ERROR: failed to reproduce", "> "))]
-    return [line for line in own if not is_advice(line)]
-
-
-def _what_it_said(lines: Sequence[str]) -> tuple[str, str | None]:
-    """The stage's message and its advice, from the format in which every modelweld command prints an error."""
-    start = max((n for n, line in enumerate(lines) if line.startswith("error:")), default=None)
-    if start is None:
-        return "\n".join(lines[-SHOWN_LINES:]) or "it printed nothing", None
-    what: list[str] = []
-    hint: list[str] = []
-    for line in lines[start:]:
-        text = line.removeprefix("error:").strip()
-        if hint or text.startswith("hint:"):
-            hint.append(text.removeprefix("hint:").strip())
-        else:
-            what.append(text)
-    return "\n".join(what), " ".join(hint) or None
+    return "\n".join([line for line in own if not is_advice(line)][-SHOWN_LINES:]) or "it printed nothing"
 
 
 def _last_errors(lines: Sequence[str]) -> str:

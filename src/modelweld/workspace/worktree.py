@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelweld import stage_errors
 from modelweld.errors import GateRefused, WorkspaceError
 from modelweld.workspace import failures, graph, processes, records
 from modelweld.workspace.processes import LineCallback
@@ -74,9 +77,7 @@ class Worktree:
                 f"dvc.yaml has no stage {group!r}", where=str(self.path), hint=f"one of: {', '.join(self.graph.groups)}"
             )
         started = time.monotonic()
-        ended = self._dvc("repro", "--single-item", "--pull", *stages, on_line=on_line, timeout_s=timeout_s)
-        if ended.code != 0:
-            raise failures.of_stage(ended, group, timeout_s)
+        ended = self._repro("--pull", *stages, group=group, on_line=on_line, timeout_s=timeout_s)
         ran, restored = _what_happened(ended.lines)
         if ran:
             # DVC leaves a second full copy of what a stage wrote; a link to the cache is enough.
@@ -87,9 +88,7 @@ class Worktree:
 
     def force_repro(self, stage: str, *, on_line: LineCallback | None = None) -> None:
         """Run `stage` whether or not it is stale; its inputs have to be here already."""
-        ended = self._dvc("repro", "--single-item", "--force", stage, on_line=on_line, timeout_s=None)
-        if ended.code != 0:
-            raise failures.of_stage(ended, stage, None)
+        self._repro("--force", stage, group=stage, on_line=on_line, timeout_s=None)
 
     def push(self, *, on_line: LineCallback | None = None) -> None:
         """Send everything this worktree's dvc.lock names to the DVC remote; RemoteUnavailable when it is not taken."""
@@ -142,11 +141,29 @@ class Worktree:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(record.read(path))
 
-    def _dvc(self, *words: str, on_line: LineCallback | None, timeout_s: float | None) -> processes.ProcessResult:
+    def _repro(
+        self, *words: str, group: str, on_line: LineCallback | None, timeout_s: float | None
+    ) -> processes.ProcessResult:
+        with tempfile.TemporaryDirectory(prefix="modelweld-error-") as folder:
+            file = Path(folder) / "error.json"
+            command = ("repro", "--single-item", *words)
+            more = {stage_errors.VARIABLE: str(file)}
+            ended = self._dvc(*command, on_line=on_line, timeout_s=timeout_s, environment=more)
+            if ended.code != 0:
+                raise failures.of_stage(ended, group, timeout_s, stage_errors.read(file))
+        return ended
+
+    def _dvc(
+        self,
+        *words: str,
+        on_line: LineCallback | None,
+        timeout_s: float | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> processes.ProcessResult:
         return processes.run(
             [*DVC, *words],
             cwd=self.path,
-            environment=processes.environment(self.project.root),
+            environment={**processes.environment(self.project.root), **(environment or {})},
             on_line=on_line,
             timeout_s=timeout_s,
         )

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from modelweld.errors import (
+    CheckpointError,
+    DiskFull,
     ExternalError,
     GateRefused,
-    InputError,
     ModelweldError,
     RemoteUnavailable,
     WorkspaceError,
@@ -206,26 +207,36 @@ def test_two_runs_at_once_share_one_cache(toy: Toy, project: Project) -> None:
     assert len(project.records("toy")) == 2
 
 
-@pytest.mark.parametrize(
-    ("code", "kind", "exit_code"),
-    [("1", GateRefused, 1), ("2", InputError, 2), ("3", ExternalError, 3), ("-9", ExternalError, 3)],
-)
-def test_a_stages_own_exit_code_and_words_reach_the_user(
-    toy: Toy, project: Project, code: str, kind: type[ModelweldError], exit_code: int
+@pytest.mark.parametrize(("code", "kind"), [("1", GateRefused), ("2", CheckpointError), ("3", DiskFull)])
+def test_a_stages_own_error_reaches_the_caller_with_its_type_and_place(
+    toy: Toy, project: Project, code: str, kind: type[ModelweldError]
 ) -> None:
     toy.order("fetch@model-a", "exit", code)
     with pytest.raises(kind) as error, project.worktree() as tree:
         fetch(toy, tree)
-    assert error.value.exit_code == exit_code
+    assert type(error.value) is kind
+    assert error.value.exit_code == int(code)
+    assert error.value.what == "fetch@model-a was told to fail"
+    assert error.value.where == "stage fetch@model-a: models/a"
+    assert error.value.hint == "take the order away"
+
+
+@pytest.mark.parametrize(("code", "kind"), [("1", ModelweldError), ("3", ExternalError), ("-9", ExternalError)])
+def test_a_command_that_reports_nothing_is_judged_by_its_exit_code(
+    toy: Toy, project: Project, code: str, kind: type[ModelweldError]
+) -> None:
+    toy.order("fetch@model-a", "exit", code)
+    (toy.root / "orders" / "unreported").touch()
+    with pytest.raises(kind) as error, project.worktree() as tree:
+        fetch(toy, tree)
+    assert type(error.value) is kind
     assert error.value.where == "stage fetch@model-a"
-    assert "models/a: fetch@model-a was told to fail" in error.value.what
-    if exit_code != 3:
-        assert error.value.hint == "take the order away"
+    assert "fetch@model-a was told to fail" in error.value.what
 
 
 def test_a_crash_is_not_a_gate_that_said_no(toy: Toy, project: Project) -> None:
     (toy.root / "sources.lock.json").write_text('{"version": 1, "pinned": {"model-a": {"path": "models/a"}}}')
-    with pytest.raises(ModelweldError, match="crashed") as error, project.worktree() as tree:
+    with pytest.raises(ModelweldError, match="exit code 1") as error, project.worktree() as tree:
         fetch(toy, tree)
     assert not isinstance(error.value, GateRefused)
     assert "KeyError: 'revision'" in error.value.what

@@ -1,0 +1,51 @@
+"""How a stage's error reaches the process that started it: as JSON in a file that the environment names.
+
+The process that starts a stage sets MODELWELD_ERROR_FILE; the `modelweld` command writes the error it ends with there.
+The exit code alone says as much as a shell needs, the file adds the error's type, its place and its hint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from modelweld.errors import ModelweldError, from_plain, to_plain
+
+VARIABLE = "MODELWELD_ERROR_FILE"
+SCHEMA = "modelweld.stage_error/1"
+
+
+def write(error: BaseException, environment: Mapping[str, str] = os.environ) -> None:
+    """Write `error` to the file that `environment` names; do nothing where it names none.
+
+    An error that modelweld did not raise on purpose is a defect: it is written as a ModelweldError that says so.
+    """
+    if VARIABLE not in environment:
+        return
+    if not isinstance(error, ModelweldError):
+        last = "".join(traceback.format_exception_only(error)).strip()
+        error = ModelweldError(f"crashed: {last}", hint="this is a defect of the stage; please report it")
+    path = Path(environment[VARIABLE])
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps({"schema": SCHEMA, **to_plain(error)}), encoding="utf-8")
+    draft.replace(path)
+
+
+def read(path: Path) -> ModelweldError | None:
+    """The error that a stage wrote to `path`; None when it wrote none that this version understands.
+
+    A stage that a signal ended writes nothing: its exit code has to do.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        return None
+    try:
+        return from_plain(document)
+    except KeyError:
+        return None
