@@ -44,11 +44,11 @@ def read(client: MlflowClient, name: str) -> dict[str, int]:
 
 def write(client: MlflowClient, name: str, wanted: dict[str, int]) -> None:
     """Make our aliases point where `wanted` says, and nowhere else; those that must not dangle are moved first."""
-    standing = read(client, name)
+    current = read(client, name)
     for alias in (PREVIOUS, CHAMPION, CHALLENGER):
-        if alias in wanted and standing.get(alias) != wanted[alias]:
+        if alias in wanted and current.get(alias) != wanted[alias]:
             client.set_registered_model_alias(name, alias, str(wanted[alias]))
-    for alias in standing.keys() - wanted.keys():
+    for alias in current.keys() - wanted.keys():
         client.delete_registered_model_alias(name, alias)
 
 
@@ -63,9 +63,9 @@ def resolve(client: MlflowClient, name: str, wanted: str) -> int:
     if word in aliases:
         return aliases[word]
     if not re.fullmatch(r"v?[1-9][0-9]*", word):
-        standing = ", ".join(f"{alias} → {number}" for alias, number in aliases.items()) or "none is set"
+        current = ", ".join(f"{alias} → {number}" for alias, number in aliases.items()) or "none is set"
         raise InputError(
-            f"no version or alias {wanted!r}", where=name, hint=f"a version's number, or an alias: {standing}"
+            f"no version or alias {wanted!r}", where=name, hint=f"a version's number, or an alias: {current}"
         )
     number = int(word.removeprefix("v"))
     try:

@@ -23,12 +23,20 @@ from modelweld.config import Register
 from modelweld.errors import GateRefused, InputError, WorkspaceError
 from modelweld.registry import aliases
 from modelweld.registry.address import DvcAddress
-from modelweld.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
+from modelweld.registry.aliases import CHALLENGER, CHAMPION
 from modelweld.registry.connection import connect, guarded, tracking_uri
 from modelweld.registry.gate import Decision, Scoreboard, decide
 from modelweld.registry.ledger import Event, Ledger
 from modelweld.registry.materialise import materialise
 from modelweld.registry.registration import RECORD, SCORES
+from modelweld.registry.transitions import (
+    TRANSITIONS,
+    CommandName,
+    Step,
+    champion_before,
+    plan,
+    rollback_target,
+)
 from modelweld.workspace.git import line, try_git
 
 if TYPE_CHECKING:
@@ -60,6 +68,10 @@ class Registry:
     def version(self, number: int) -> ModelVersion:
         """The version as MLflow has it."""
         return self.client.get_model_version(self.name, str(number))
+
+    def versions(self) -> set[int]:
+        """The numbers of the versions that exist."""
+        return {int(item.version) for item in self.client.search_model_versions(f"name = '{self.name}'")}
 
     def scoreboard(self, number: int) -> Scoreboard:
         """The scores a version was registered with."""
@@ -108,18 +120,13 @@ def nominate(registry: Registry, version: int, thresholds: Register, *, at: date
 
     A version is decided on once: a second call returns the first decision and moves nothing.
     """
-    with _transition(registry, at, actor) as standing:
-        before = dict(standing)
+    with _locked(registry, at, actor) as current:
         earlier = [event for event in registry.ledger.events() if event.version == version]
-        if any(event.kind in (CHALLENGER, "refused") for event in earlier):
+        if any(event.kind in ("challenger", "refused") for event in earlier):
             return _decision_of(registry.version(version))
-        decision = _judge(registry, version, standing.get(CHAMPION), thresholds)
-        if decision.passed:
-            standing[CHALLENGER] = version
-            aliases.write(registry.client, registry.name, standing)
-        kind = CHALLENGER if decision.passed else "refused"
-        reasons = [reason.text for reason in decision.reasons]
-        _record(registry, kind, version, before, standing, at=at, actor=actor, reasons=reasons)
+        decision = _judge(registry, version, current.get(CHAMPION), thresholds)
+        step = plan("nominate" if decision.passed else "refuse", current, version)
+        _apply(registry, step, at=at, actor=actor, reasons=[reason.text for reason in decision.reasons])
         return decision
 
 
@@ -140,23 +147,13 @@ def promote(
     target = to.lower()
     if target not in (CHAMPION, CHALLENGER):
         raise InputError(f"cannot promote to {to!r}", where=registry.name, hint=f"--to {CHAMPION} or --to {CHALLENGER}")
-    with _transition(registry, at, actor) as standing:
-        before = dict(standing)
-        version = aliases.resolve(registry.client, registry.name, wanted)
-        if standing.get(target) == version:
-            return Transition(registry.name, version, before, before, None)
-        _require_gate(registry, version, standing.get(CHAMPION), override)
-        _require_weights(registry, version)
-        if target == CHAMPION:
-            if CHAMPION in standing:
-                standing[PREVIOUS] = standing[CHAMPION]
-            if standing.get(CHALLENGER) == version:
-                del standing[CHALLENGER]
-        standing[target] = version
-        aliases.write(registry.client, registry.name, standing)
-        kind = "promoted" if target == CHAMPION else CHALLENGER
-        event = _record(registry, kind, version, before, standing, at=at, actor=actor, override=override)
-        return Transition(registry.name, version, before, standing, event)
+    command: CommandName = "promote" if target == CHAMPION else "promote_to_challenger"
+    with _locked(registry, at, actor) as current:
+        step = plan(command, current, aliases.resolve(registry.client, registry.name, wanted))
+        if not step.moves:
+            return Transition(registry.name, step.version, step.before, step.after, None)
+        _require(registry, command, step, override)
+        return _apply(registry, step, at=at, actor=actor, override=override)
 
 
 def rollback(registry: Registry, *, at: datetime, actor: str, reason: str | None = None) -> Transition:
@@ -164,44 +161,57 @@ def rollback(registry: Registry, *, at: datetime, actor: str, reason: str | None
 
     InputError when there is nothing to go back to; weights are checked as for a promotion, the gate is not asked.
     """
-    with _transition(registry, at, actor) as standing:
-        before = dict(standing)
-        if PREVIOUS not in standing:
-            hint = "promote a version that you trust: `modelweld promote VERSION`"
-            raise InputError("there is no previous champion to go back to", where=registry.name, hint=hint)
-        version = standing.pop(PREVIOUS)
-        _require_weights(registry, version)
-        earlier = _champion_before(registry, version)
-        standing[CHAMPION] = version
-        if earlier is not None:
-            standing[PREVIOUS] = earlier
-        aliases.write(registry.client, registry.name, standing)
-        event = _record(registry, "rolled_back", version, before, standing, at=at, actor=actor, reason=reason)
-        return Transition(registry.name, version, before, standing, event)
+    with _locked(registry, at, actor) as current:
+        version = rollback_target(current, registry.name)
+        history = ((event.kind, event.aliases.get(CHAMPION)) for event in registry.ledger.events())
+        step = plan("roll_back", current, version, champion_before(version, history, registry.versions()))
+        _require(registry, "roll_back", step)
+        return _apply(registry, step, at=at, actor=actor, reason=reason)
+
+
+def _require(registry: Registry, command: CommandName, step: Step, override: str | None = None) -> None:
+    """Raise what stands against `step`: a gate that did not pass, weights that are not what was registered."""
+    requires = TRANSITIONS[command].requires
+    if "gate" in requires and not override:
+        champion = step.before.get(CHAMPION)
+        if _judged_against_another(registry, step.version, champion):
+            tags = registry.version(step.version).tags
+            _judge(registry, step.version, champion, Register.model_validate_json(tags[THRESHOLDS]))
+        _require_passed(registry, step.version)
+    if "weights" in requires:
+        _require_weights(registry, step.version)
+
+
+def _apply(registry: Registry, step: Step, *, at: datetime, actor: str, **why: Any) -> Transition:
+    """Write the aliases that `step` moves, then its event."""
+    if step.moves:
+        aliases.write(registry.client, registry.name, step.after)
+    event = _record(registry, step.event, step.version, step.before, step.after, at=at, actor=actor, **why)
+    return Transition(registry.name, step.version, step.before, step.after, event)
 
 
 @contextmanager
-def _transition(registry: Registry, at: datetime, actor: str) -> Iterator[dict[str, int]]:
-    """The aliases, read under the lock and in the ledger, for the caller to change."""
+def _locked(registry: Registry, at: datetime, actor: str) -> Iterator[dict[str, int]]:
+    """The aliases, read under the lock of this model; what the ledger does not explain is recorded first."""
     directory = (registry.root / line(registry.root, "rev-parse", "--git-common-dir")).resolve() / "modelweld"
     directory.mkdir(exist_ok=True)
     try:
         with FileLock(directory / f"registry-{registry.name}.lock", timeout=LOCK_TIMEOUT_S), guarded(registry.uri):
-            standing = registry.aliases()
-            _observe(registry, standing, at=at, actor=actor)
-            yield standing
+            current = registry.aliases()
+            _observe(registry, current, at=at, actor=actor)
+            yield current
     except Timeout as error:
         raise WorkspaceError(
             "another promotion or rollback has not ended", where=registry.name, hint="wait for it and try again"
         ) from error
 
 
-def _observe(registry: Registry, standing: dict[str, int], *, at: datetime, actor: str) -> None:
+def _observe(registry: Registry, current: dict[str, int], *, at: datetime, actor: str) -> None:
     events = registry.ledger.events()
     recorded = events[-1].aliases if events else {}
-    if recorded != standing:
+    if recorded != current:
         text = "the aliases were moved outside of modelweld, or a move was cut off before it was recorded"
-        _record(registry, "observed", standing.get(CHAMPION), recorded, standing, at=at, actor=actor, reason=text)
+        _record(registry, "observed", current.get(CHAMPION), recorded, current, at=at, actor=actor, reason=text)
 
 
 def _record(
@@ -256,17 +266,19 @@ def _decision_of(version: ModelVersion) -> Decision:
     return Decision(version.tags.get(GATE) == "passed", reasons)
 
 
-def _require_gate(registry: Registry, version: int, champion: int | None, override: str | None) -> None:
-    if override:
-        return
+def _judged_against_another(registry: Registry, version: int, champion: int | None) -> bool:
+    """Whether the champion has changed since the gate compared `version` with it."""
+    tags = registry.version(version).tags
+    return GATE in tags and champion not in (None, version) and tags.get(AGAINST) != str(champion)
+
+
+def _require_passed(registry: Registry, version: int) -> None:
+    """Raise GateRefused unless the gate's last decision on `version` is that it passed."""
     tags = registry.version(version).tags
     if GATE not in tags:
         hint = "`modelweld register` runs the gate; --override REASON does without and says so in the ledger"
         raise GateRefused(f"version {version} never passed the gate", where=registry.name, hint=hint)
     decision = _decision_of(registry.version(version))
-    if champion is not None and champion != version and tags.get(AGAINST) != str(champion):
-        # The champion has changed since: the old verdict compared it with another one.
-        decision = _judge(registry, version, champion, Register.model_validate_json(tags[THRESHOLDS]))
     if not decision.passed:
         raise GateRefused(
             f"version {version} does not pass the gate: {'; '.join(decision.explain().splitlines())}",
@@ -278,21 +290,3 @@ def _require_gate(registry: Registry, version: int, champion: int | None, overri
 def _require_weights(registry: Registry, version: int) -> None:
     where = f"{registry.name} version {version}"
     materialise(DvcAddress.from_tags(registry.version(version).tags, where))
-
-
-def _champion_before(registry: Registry, version: int) -> int | None:
-    """The champion before `version`, by the ledger, if that version still exists."""
-    line_of_succession: list[int] = []
-    for event in registry.ledger.events():
-        champion = event.aliases.get(CHAMPION)
-        if champion is None or champion in line_of_succession[-1:]:
-            continue
-        if event.kind == "rolled_back" and champion in line_of_succession:
-            del line_of_succession[line_of_succession.index(champion) + 1 :]
-        else:
-            line_of_succession.append(champion)
-    if version not in line_of_succession:
-        return None
-    earlier = line_of_succession[: len(line_of_succession) - 1 - line_of_succession[::-1].index(version)]
-    living = {int(item.version) for item in registry.client.search_model_versions(f"name = '{registry.name}'")}
-    return next((number for number in reversed(earlier) if number in living and number != version), None)
