@@ -13,9 +13,9 @@ from modelweld.errors import (
     WorkspaceError,
 )
 from modelweld.workspace.processes import ProcessResult
+from modelweld.workspace.reproduce import RUNNING
 
 EXITED = re.compile(r"ERROR: failed to reproduce '(?P<stage>[^']+)': failed to run: .*, exited with (?P<code>-?\d+)$")
-RUNNING = re.compile(r"^Running stage '(?P<stage>[^']+)'")
 # Advice that DVC prints for people at a terminal; in a log it hides the stage's own lines.
 ADVICE = (
     "To track the changes with git",

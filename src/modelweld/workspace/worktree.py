@@ -17,11 +17,14 @@ from modelweld.errors import GateRefused, WorkspaceError
 from modelweld.workspace import failures, graph, processes, records
 from modelweld.workspace.processes import LineCallback
 from modelweld.workspace.records import Record
+from modelweld.workspace.reproduce import RUNNING
 
 if TYPE_CHECKING:
     from modelweld.workspace.repository import Project
 
 DVC = (sys.executable, "-m", "dvc")
+# -P: this folder must not be on the path of imports, where its git.py would hide DVC's.
+REPRODUCE = (sys.executable, "-P", str(Path(__file__).with_name("reproduce.py")))
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,6 @@ class Worktree:
         started = time.monotonic()
         ended = self._repro("--pull", *stages, group=group, on_line=on_line, timeout_s=timeout_s)
         ran, restored = _what_happened(ended.lines)
-        if ran:
-            # DVC leaves a second full copy of what a stage wrote; a link to the cache is enough.
-            relinked = self._dvc("checkout", "--relink", *ran, on_line=None, timeout_s=timeout_s)
-            if relinked.code != 0:
-                raise failures.of_stage(relinked, group, timeout_s)
         return Repro(group, ran, restored, time.monotonic() - started)
 
     def force_repro(self, stage: str, *, on_line: LineCallback | None = None) -> None:
@@ -92,7 +90,7 @@ class Worktree:
 
     def push(self, *, on_line: LineCallback | None = None) -> None:
         """Send everything this worktree's dvc.lock names to the DVC remote; RemoteUnavailable when it is not taken."""
-        ended = self._dvc("push", on_line=on_line, timeout_s=None)
+        ended = self._run([*DVC, "push"], on_line=on_line)
         if ended.code != 0:
             raise failures.of_push(ended)
 
@@ -146,22 +144,26 @@ class Worktree:
     ) -> processes.ProcessResult:
         with tempfile.TemporaryDirectory(prefix="modelweld-error-") as folder:
             file = Path(folder) / "error.json"
-            command = ("repro", "--single-item", *words)
-            more = {stage_errors.VARIABLE: str(file)}
-            ended = self._dvc(*command, on_line=on_line, timeout_s=timeout_s, environment=more)
+            ended = self._run(
+                [*REPRODUCE, "--single-item", *words],
+                on_line=on_line,
+                timeout_s=timeout_s,
+                environment={stage_errors.VARIABLE: str(file)},
+            )
             if ended.code != 0:
                 raise failures.of_stage(ended, group, timeout_s, stage_errors.read(file))
         return ended
 
-    def _dvc(
+    def _run(
         self,
-        *words: str,
+        command: list[str],
+        *,
         on_line: LineCallback | None,
-        timeout_s: float | None,
+        timeout_s: float | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> processes.ProcessResult:
         return processes.run(
-            [*DVC, *words],
+            command,
             cwd=self.path,
             environment={**processes.environment(self.project.root), **(environment or {})},
             on_line=on_line,
@@ -173,7 +175,7 @@ def _what_happened(lines: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, 
     ran: list[str] = []
     restored: list[str] = []
     for line in lines:
-        if match := failures.RUNNING.match(line):
+        if match := RUNNING.match(line):
             ran.append(match["stage"])
         elif "is cached - skipping run" in line or line.startswith("Pulling data for stage"):
             restored.append(line.split("'")[1])
