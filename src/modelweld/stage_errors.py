@@ -9,26 +9,25 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 
+from modelweld import settings
 from modelweld.errors import ModelweldError, from_plain, to_plain
 
-VARIABLE = "MODELWELD_ERROR_FILE"
 SCHEMA = "modelweld.stage_error/1"
 
 
-def write(error: BaseException, environment: Mapping[str, str] = os.environ) -> None:
-    """Write `error` to the file that `environment` names; do nothing where it names none.
+def write(error: BaseException) -> None:
+    """Write `error` to the file that MODELWELD_ERROR_FILE names; do nothing where it names none.
 
     An error that modelweld did not raise on purpose is a defect: it is written as a ModelweldError that says so.
     """
-    if VARIABLE not in environment:
+    path = settings.error_file()
+    if path is None:
         return
     if not isinstance(error, ModelweldError):
         last = "".join(traceback.format_exception_only(error)).strip()
         error = ModelweldError(f"crashed: {last}", hint="this is a defect of the stage; please report it")
-    path = Path(environment[VARIABLE])
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps({"schema": SCHEMA, **to_plain(error)}), encoding="utf-8")
     draft.replace(path)

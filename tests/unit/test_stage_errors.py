@@ -9,24 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from modelweld import errors, stage_errors
+from modelweld import errors, settings, stage_errors
 from modelweld.errors import ModelweldError
 
 
 @pytest.mark.parametrize("name", [name for name in errors.__all__ if name[0].isupper()])
-def test_every_type_survives(name: str, tmp_path: Path) -> None:
+def test_every_type_survives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind: type[ModelweldError] = getattr(errors, name)
     file = tmp_path / "error.json"
-    stage_errors.write(kind("no space", where="merged/: x", hint="free 3 GB"), {stage_errors.VARIABLE: str(file)})
+    monkeypatch.setenv(settings.ERROR_FILE, str(file))
+    stage_errors.write(kind("no space", where="merged/: x", hint="free 3 GB"))
     found = stage_errors.read(file)
     assert found
     assert (type(found), found.what, found.where, found.hint) == (kind, "no space", "merged/: x", "free 3 GB")
     assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
 
 
-def test_a_defect_is_reported_as_one(tmp_path: Path) -> None:
+def test_a_defect_is_reported_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "error.json"
-    stage_errors.write(ZeroDivisionError("division by zero"), {stage_errors.VARIABLE: str(file)})
+    monkeypatch.setenv(settings.ERROR_FILE, str(file))
+    stage_errors.write(ZeroDivisionError("division by zero"))
     found = stage_errors.read(file)
     assert type(found) is ModelweldError
     assert found.what == "crashed: ZeroDivisionError: division by zero"
@@ -34,7 +36,8 @@ def test_a_defect_is_reported_as_one(tmp_path: Path) -> None:
 
 def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    stage_errors.write(ModelweldError("it failed"), {})
+    monkeypatch.delenv(settings.ERROR_FILE, raising=False)
+    stage_errors.write(ModelweldError("it failed"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,7 +56,7 @@ def test_the_command_writes_the_error_it_ends_with(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "modelweld", "stage", "fetch", "model-a"],
         cwd=tmp_path,
-        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), stage_errors.VARIABLE: str(file)},
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), settings.ERROR_FILE: str(file)},
         capture_output=True,
         text=True,
         timeout=120,

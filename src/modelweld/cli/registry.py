@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelweld import settings
 from modelweld.cli.app import app, emit, stderr
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def audit(
 
 
 def _root() -> Path:
-    return Path(os.environ.get("MODELWELD_PROJECT_ROOT") or Path.cwd())
+    return settings.project_root(Path.cwd())
 
 
 def _registry(name: str | None) -> Registry:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelweld import settings
 from modelweld.cli.app import app, emit, stderr
 from modelweld.cli.app import options as root_options
 
@@ -30,7 +31,7 @@ def run(
     """Fetch, validate, merge, evaluate and register, in a git worktree of its own; nothing when nothing changed."""
     from modelweld.workspace import Project
 
-    project = Project.find(Path(os.environ.get("MODELWELD_PROJECT_ROOT") or Path.cwd()))
+    project = Project.find(settings.project_root(Path.cwd()))
     # Refused before Prefect's server is started, which takes seconds.
     project.head()
     if not allow_dirty:
@@ -88,7 +89,7 @@ def rederive(
     from modelweld.workspace import Project
     from modelweld.workspace.rederiving import rederive as make_again
 
-    project = Project.find(Path(os.environ.get("MODELWELD_PROJECT_ROOT") or Path.cwd()))
+    project = Project.find(settings.project_root(Path.cwd()))
     record = project.record(tag) if tag else project.latest_record()
     if record is None:
         raise WorkspaceError("nothing is recorded here yet", where=str(project.root), hint="modelweld run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from modelweld.config import Evaluate
 from modelweld.errors import ConfigError
 from modelweld.hardware import Precision, choose_precision
+from modelweld.settings import first_device
 
 PREDICTION_VERSION = 1  # raise it when the same inputs may give other predictions
 
@@ -65,5 +65,5 @@ def settings_of(max_length: int, evaluate: Evaluate) -> Settings:
     The precision is the one that pays off on that device, which may not be the one that was asked for.
     """
     # A merge takes all devices of a list, one process each; an evaluation is one process.
-    device = choose_device((os.environ.get("MODELWELD_DEVICE") or "auto").partition(",")[0])
+    device = choose_device(first_device())
     return Settings(max_length, evaluate.batch_tokens, device, choose_precision(evaluate.precision, device).used)

@@ -15,16 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from modelweld import settings
 from modelweld.errors import CheckpointError, DiskFull, RemoteUnavailable, WorkspaceError
 from modelweld.registry.address import DvcAddress
 
 UNLISTED = {"manifest.json", "README.md"}
 TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}
-
-
-def cache_directory() -> Path:
-    """MODELWELD_CACHE_DIR, or ~/.cache/modelweld."""
-    return Path(os.environ.get("MODELWELD_CACHE_DIR") or Path.home() / ".cache" / "modelweld")
 
 
 def materialise(address: DvcAddress, cache: Path | None = None) -> Path:
@@ -33,7 +29,7 @@ def materialise(address: DvcAddress, cache: Path | None = None) -> Path:
     RemoteUnavailable when DVC cannot bring it, CheckpointError when what it brought (or what the cache holds) is not
     what was registered: a damaged copy is removed, so that the next call fetches again.
     """
-    models = (cache or cache_directory()) / "models"
+    models = (cache or settings.cache_directory()) / "models"
     place = models / address.md5.removesuffix(".dir")
     try:
         models.mkdir(parents=True, exist_ok=True)
@@ -117,7 +113,7 @@ def _bring(address: DvcAddress, place: Path) -> None:
 
 
 def _reachable(address: DvcAddress) -> str:
-    moved = os.environ.get("MODELWELD_DVC_REPO")
+    moved = settings.dvc_repository()
     if moved:
         return moved
     if Path(address.repo).is_dir():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from modelweld import settings
 from modelweld.errors import InputError
 from modelweld.evaluation.kinds import kind_of
 from modelweld.kinds import DEFAULT, KINDS, ServedColumn
@@ -98,7 +98,7 @@ def served_columns(tasks: Mapping[str, ServedTask]) -> tuple[list[ServedColumn],
 def _device() -> str:
     import torch
 
-    wanted = (os.environ.get("MODELWELD_DEVICE") or "auto").partition(",")[0]
+    wanted = settings.first_device()
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from modelweld import settings
 from modelweld.config import Register
 from modelweld.errors import GateRefused, InputError, WorkspaceError
 from modelweld.registry import aliases
@@ -108,7 +108,7 @@ def open_registry(root: Path, name: str, uri: str | None = None) -> Registry:
 
 def current_actor(root: Path) -> str:
     """Who acts: MODELWELD_ACTOR, else git's user, else the operating system's."""
-    given = os.environ.get("MODELWELD_ACTOR")
+    given = settings.actor()
     if given:
         return given
     name, email = try_git(root, "config", "user.name"), try_git(root, "config", "user.email")

@@ -24,8 +24,8 @@ from modelweld.kinds import KINDS, ServedColumn
 from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import absent, connect, guarded, local_artifacts
 from modelweld.registry.gate import MERGED, Scoreboard, condensed, mean_normalised, normalised
-from modelweld.registry.materialise import cache_directory
 from modelweld.registry.prediction import ServedTask, served_columns
+from modelweld.settings import cache_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from modelweld.evaluation.scores import EXPERT, MODEL, TaskScores, write_scores
 from modelweld.evaluation.settings import settings_of
 from modelweld.evaluation.systems import System, classes_of
 from modelweld.kinds import implied_by
+from modelweld.settings import project_root
 
 RESERVED = ("base", EXPERT, "merged", "row", "label")
 
@@ -152,7 +152,7 @@ def _systems(task: str, expert: Path, root: Path) -> list[System]:
 
 
 def _cache(root: Path) -> PredictionCache:
-    project = Path(os.environ.get("MODELWELD_PROJECT_ROOT") or root)
+    project = project_root(root)
     return PredictionCache(project / ".modelweld" / "cache" / "predictions")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modelweld import settings
 from modelweld.errors import SourceError
 from modelweld.sources import LOCK_NAME, read_lock
 from modelweld.sources import fetch as fetch_entry
@@ -38,4 +38,4 @@ def fetch(key: str, root: Path) -> dict[str, Any]:
 
 def project_root(root: Path) -> Path:
     """Where relative local sources start: the project, even when `root` is a flow run's worktree of it."""
-    return Path(os.environ.get("MODELWELD_PROJECT_ROOT") or root)
+    return settings.project_root(root)

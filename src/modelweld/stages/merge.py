@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from modelweld import settings
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.engine import (
     Execution,
@@ -176,16 +176,15 @@ def merge_baselines(params_file: Path, root: Path) -> dict[str, Any]:
 
 def _staging(root: Path) -> Path:
     # A run works in a checkout of its own that the next run does not see: what it had merged is found in the project.
-    return Path(os.environ.get("MODELWELD_PROJECT_ROOT") or root) / STAGING
+    return settings.project_root(root) / STAGING
 
 
 def _device() -> str:
-    # Where a merge runs is the machine's matter: in params.yaml it would make dvc.lock depend on it.
-    return os.environ.get("MODELWELD_DEVICE") or "auto"
+    return settings.devices()
 
 
 def _executor() -> str:
-    return os.environ.get("MODELWELD_EXECUTOR") or "local"
+    return settings.executor()
 
 
 def _pinned(root: Path) -> dict[str, Mapping[str, Any]]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelweld import settings
+
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 GRACE_S = 10.0
 KEPT_LINES = 400
@@ -42,9 +44,9 @@ class ProcessResult:
 def environment(project_root: Path) -> dict[str, str]:
     """What a stage's process sees: this interpreter first on PATH, the project's root, the registry, no telemetry."""
     here = os.path.dirname(sys.executable)
-    settings = {
+    ours = {
         "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
-        "MODELWELD_PROJECT_ROOT": str(project_root),
+        settings.PROJECT_ROOT: str(project_root),
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{project_root / 'mlflow.db'}"),
         # Threads that wait by spinning take a fifth to a half of the processor from those that work.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
@@ -52,7 +54,7 @@ def environment(project_root: Path) -> dict[str, str]:
         # Lines must reach the log when they are printed, not when a buffer is full.
         "PYTHONUNBUFFERED": "1",
     }
-    return {**os.environ, **TELEMETRY_OFF, **settings}
+    return {**os.environ, **TELEMETRY_OFF, **ours}
 
 
 def run(

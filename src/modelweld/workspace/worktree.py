@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelweld import stage_errors
+from modelweld import settings, stage_errors
 from modelweld.errors import GateRefused, WorkspaceError
 from modelweld.workspace import failures, graph, processes, records
 from modelweld.workspace.processes import LineCallback
@@ -148,7 +148,7 @@ class Worktree:
                 [*REPRODUCE, "--single-item", *words],
                 on_line=on_line,
                 timeout_s=timeout_s,
-                environment={stage_errors.VARIABLE: str(file)},
+                environment={settings.ERROR_FILE: str(file)},
             )
             if ended.code != 0:
                 raise failures.of_stage(ended, group, timeout_s, stage_errors.read(file))
