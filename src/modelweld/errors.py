@@ -19,9 +19,6 @@ Each says what went wrong, where (model, tensor, file or key) and how to fix it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -36,8 +33,6 @@ __all__ = [
     "SourceError",
     "SourceUnavailable",
     "WorkspaceError",
-    "from_plain",
-    "to_plain",
 ]
 
 
@@ -115,20 +110,3 @@ class RemoteUnavailable(ExternalError):
 
 class DiskFull(ExternalError):
     """No space left where the output goes."""
-
-
-def to_plain(error: ModelweldError) -> dict[str, str | None]:
-    """The error as plain data: `error` (its type's name), `what`, `where` and `hint`. `from_plain` is the inverse."""
-    return {"error": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
-
-
-def from_plain(document: Mapping[str, Any]) -> ModelweldError:
-    """The error that `to_plain` described; KeyError for a type that this version does not have."""
-    kinds = {kind.__name__: kind for kind in (ModelweldError, *_subclasses(ModelweldError))}
-    return kinds[document["error"]](document["what"], where=document["where"], hint=document["hint"])
-
-
-def _subclasses(kind: type[ModelweldError]) -> Iterator[type[ModelweldError]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)

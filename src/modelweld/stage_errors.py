@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from modelweld import settings
-from modelweld.errors import ModelweldError, from_plain, to_plain
+from modelweld.errors import ModelweldError
 
 SCHEMA = "modelweld.stage_error/1"
 
@@ -48,3 +50,20 @@ def read(path: Path) -> ModelweldError | None:
         return from_plain(document)
     except KeyError:
         return None
+
+
+def to_plain(error: ModelweldError) -> dict[str, str | None]:
+    """The error as plain data: `error` (its type's name), `what`, `where` and `hint`. `from_plain` is the inverse."""
+    return {"error": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
+
+
+def from_plain(document: Mapping[str, Any]) -> ModelweldError:
+    """The error that `to_plain` described; KeyError for a type that this version does not have."""
+    kinds = {kind.__name__: kind for kind in (ModelweldError, *_subclasses(ModelweldError))}
+    return kinds[document["error"]](document["what"], where=document["where"], hint=document["hint"])
+
+
+def _subclasses(kind: type[ModelweldError]) -> Iterator[type[ModelweldError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)

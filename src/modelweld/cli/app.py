@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from modelweld import extras, stage_errors
-from modelweld.errors import ModelweldError, to_plain
+from modelweld.errors import ModelweldError
 
 INTERRUPTED = 130
 
@@ -137,6 +137,6 @@ def _leave(error: ModelweldError) -> NoReturn:
 
 def _show(error: ModelweldError) -> None:
     if options.json:
-        sys.stdout.write(json.dumps(to_plain(error), indent=2) + "\n")
+        sys.stdout.write(json.dumps(stage_errors.to_plain(error), indent=2) + "\n")
     stderr.print("[bold red]error:[/]", end=" ")
     stderr.print(str(error), markup=False, highlight=False)
