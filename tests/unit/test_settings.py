@@ -14,7 +14,7 @@ SOURCE = Path(modelweld.__file__).parent
 
 
 def test_no_other_module_reads_the_environment_for_them() -> None:
-    reading = re.compile(r"(environ|getenv)[^\n]*MODELWELD_")
+    reading = re.compile(r"(environ\b|getenv)[^\n]*MODELWELD_")
     found = [path.name for path in SOURCE.rglob("*.py") if reading.search(path.read_text(encoding="utf-8"))]
     assert found == []
 
