@@ -59,7 +59,8 @@ def to_plain(error: ModelweldError) -> dict[str, str | None]:
 
 def from_plain(document: Mapping[str, Any]) -> ModelweldError:
     """The error that `to_plain` described; KeyError for a type that this version does not have."""
-    kinds = {kind.__name__: kind for kind in (ModelweldError, *_subclasses(ModelweldError))}
+    every: list[type[ModelweldError]] = [ModelweldError, *_subclasses(ModelweldError)]
+    kinds = {kind.__name__: kind for kind in every}
     return kinds[document["error"]](document["what"], where=document["where"], hint=document["hint"])
 
 
