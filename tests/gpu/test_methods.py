@@ -30,7 +30,7 @@ def test_the_device_gives_what_the_cpu_gives(name: str, shape: tuple[int, int]) 
     torch.testing.assert_close(there.cpu(), here, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["drm", "ties"])
+@pytest.mark.parametrize("name", ["drm", "least_interference", "ties"])
 def test_a_model_that_did_not_train_the_weight_has_no_say(name: str) -> None:
     chosen = method(name)
     deltas = torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from modelweld.config.strict import Strict
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -124,6 +125,28 @@ class Knots(MethodParameters):
     combine: Literal["linear", "ties"] = "ties"
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
     rank_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-5
+
+
+class LeastInterference(MethodParameters):
+    """Least interference with every task's own inputs, outputs or both, in closed form (after arXiv 2503.08099)."""
+
+    method: Literal["least_interference"] = "least_interference"
+    side: Literal["input", "output", "both"] = Field(
+        "input",
+        description="what must not be disturbed; `both` is slower, and holds on experts that interfere strongly",
+    )
+    power: NotNegative | None = Field(
+        None, description="exponent of the spectrum that weighs directions; null is 1, of both sides 0.75"
+    )
+    target_power: NotNegative | None = Field(
+        None, description="exponent of the spectrum that is aimed at; null is 1, of both sides 0.5"
+    )
+    ridge: NotNegative | None = Field(
+        None, description="share of the mean direction that is added to all; null is 0.03, of both sides 0.02"
+    )
+    t: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+        None, description="exponent of the mean of both sides; null is unbounded, the larger of the two"
+    )
 
 
 class TsvM(MethodParameters):

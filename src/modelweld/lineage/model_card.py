@@ -141,7 +141,11 @@ def _figures(tensors: Sequence[Mapping[str, Any]]) -> str:
     ranks = [entry["rank"] for entry in tensors if "rank" in entry]
     if ranks:
         told.append(f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}")
-    for key, words in (("kept_share", "of the entries kept"), ("sign_conflicts", "of these outvoted")):
+    for key, words in (
+        ("kept_share", "of the entries kept"),
+        ("sign_conflicts", "of these outvoted"),
+        ("interference", "interference"),
+    ):
         shares = [entry[key] for entry in tensors if key in entry]
         if shares:
             told.append(f"{sum(shares) / len(shares):.1%} {words}")

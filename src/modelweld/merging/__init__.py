@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from modelweld.methods import iso_c as iso_c
     from modelweld.methods import iso_cts as iso_cts
     from modelweld.methods import knots as knots
+    from modelweld.methods import least_interference as least_interference
     from modelweld.methods import linear as linear
     from modelweld.methods import model_stock as model_stock
     from modelweld.methods import mudsc as mudsc

@@ -39,8 +39,8 @@ class TensorContext:
 
     A method leaves in `diagnostics` what a report shows of this tensor, as 0-d tensors that are not waited for: the
     `rank` of its basis, the `kept_share` of the entries that pruning leaves, `sign_conflicts`, the share of those that
-    the election then discards, and the `direction` that `auto` became. `cache` is set when the same tensor is merged
-    again with other parameters: a method keeps in it what does not depend on them.
+    the election then discards, the `interference` that is left, and the `direction` that `auto` became. `cache` is set
+    when the same tensor is merged again with other parameters: a method keeps in it what does not depend on them.
     """
 
     name: str

@@ -14,6 +14,7 @@ FIGURES = {
     "delta_survival": "delta survival: share of the merged change that rounding left",
     "sign_conflicts": "sign conflicts: share of the kept entries whose sign lost the election",
     "kept_share": "kept share: entries of the task vectors that pruning left",
+    "interference": "interference: share of the objective that the merge leaves, 1 without a merge",
 }
 
 

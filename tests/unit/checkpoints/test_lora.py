@@ -89,6 +89,7 @@ def test_conv1d_adapters_merge_by_meaning(tmp_path: Path) -> None:
 
 
 LOW_RANK = {"drm": {"drop_rate": 0.5}, "linear": {}, "task_arithmetic": {"scale": 0.4}, "knots": {}, "tsv_m": {}}
+LOW_RANK["least_interference"] = {"side": "both"}
 
 
 @pytest.mark.parametrize("method", sorted(LOW_RANK))

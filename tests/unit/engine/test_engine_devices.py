@@ -67,7 +67,9 @@ def move(patch: pytest.MonkeyPatch, chunk: int) -> None:
     patch.setattr(Moving, "most", 0)
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "dare", "linear", "ties", "breadcrumbs", "drm", "tsv_m"])
+@pytest.mark.parametrize(
+    "name", ["task_arithmetic", "dare", "linear", "ties", "breadcrumbs", "drm", "tsv_m", "least_interference"]
+)
 def test_what_goes_to_a_device_comes_back_as_if_it_had_stayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

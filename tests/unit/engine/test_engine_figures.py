@@ -16,7 +16,7 @@ from tests.support.families import LLAMA_SHAPES, deltas, recipe, write_family
 from tests.support.progress import Stop, Stopper
 
 MATRIX = "model.layers.0.mlp.down_proj.weight"
-KEYS = {"rank", "direction", "kept_share", "sign_conflicts"}
+KEYS = {"rank", "direction", "kept_share", "sign_conflicts", "interference"}
 
 
 def of(directory: Path, tensor: str = MATRIX) -> dict[str, object]:
@@ -72,6 +72,8 @@ def test_equal_models_do_not_conflict_and_untrained_weights_keep_nothing(tmp_pat
         ("knots", {}, {"rank", "kept_share", "sign_conflicts"}),
         ("knots", {"combine": "linear"}, {"rank"}),
         ("tsv_m", {}, {"rank"}),
+        ("least_interference", {}, {"interference"}),
+        ("least_interference", {"side": "both"}, {"interference"}),
         ("breadcrumbs", {"density": 0.6}, {"kept_share"}),
         ("breadcrumbs", {"density": 0.6, "combine": "ties"}, {"kept_share", "sign_conflicts"}),
         ("della", {"drop_rate": 0.4}, {"kept_share", "sign_conflicts"}),

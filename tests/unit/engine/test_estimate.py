@@ -40,8 +40,8 @@ def adapters(tmp_path: Path) -> Path:
     return root
 
 
-def products(call: Any) -> int:
-    with FlopCounterMode(display=False) as counter:
+def products(call: Any, **more: Any) -> int:
+    with FlopCounterMode(display=False, **more) as counter:
         call()
     return counter.get_total_flops()
 
@@ -99,3 +99,37 @@ def test_the_dense_route_is_priced_as_torch_counts_it(tmp_path: Path) -> None:
     # The Gram matrix is symmetric, and only its lower blocks are made.
     assert counted <= work.gemm <= 2 * counted
     assert work + Work(1.0, 2.0, 3.0) == Work(work.gemm + 1, work.eigh + 2, work.entries + 3)
+
+
+aten = torch.ops.aten
+# What torch's counter leaves out: products in place, QR (with its Q) and Cholesky.
+UNCOUNTED = {
+    aten.addmm_: lambda _, a, b, **how: 2 * a[0] * a[1] * b[1],
+    aten.linalg_qr: lambda a, *mode, **how: 4 * a[0] * a[1] * min(a),
+    aten.linalg_cholesky_ex: lambda a, **how: a[0] ** 3 // 3,
+    aten.cholesky_solve: lambda b, lower, **how: 2 * lower[0] ** 2 * b[1],
+}
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+@pytest.mark.parametrize("power", [1.0, 0.75])
+def test_least_interference_is_priced_by_what_it_multiplies(side: str, power: float) -> None:
+    chosen, context = method("least_interference"), TensorContext("w")
+    parameters = chosen.parameters(side=side, power=power, target_power=1.0)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 256, 300), (2, 300, 256), (3, 20, 256), (3, 256, 20)):
+        stack, weights = torch.randn(shape, generator=generator), [1.0] * shape[0]
+
+        def merge(stack: torch.Tensor = stack, weights: list[float] = weights) -> None:
+            chosen.merge(stack, parameters, weights, context=context)
+
+        # A Gram matrix is symmetric, and of large ones only the lower blocks are made.
+        counted, work = products(merge, custom_mapping=UNCOUNTED), chosen.matrix_work(parameters, *shape)
+        assert counted <= work.gemm <= 1.3 * counted, shape
+    factors = [LowRank(torch.randn(200, rank), torch.randn(rank, 90)) for rank in (4, 12)]
+
+    def merge_factors() -> None:
+        chosen.merge_low_rank(factors, parameters, [1.0, 1.0], context=context)
+
+    counted = products(merge_factors, custom_mapping=UNCOUNTED)
+    assert counted / 1.2 <= chosen.factor_work(parameters, 2, 16, 200, 90).gemm <= 1.3 * counted

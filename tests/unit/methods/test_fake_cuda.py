@@ -96,6 +96,9 @@ OPTIONS = [
     ("drm", {"direction": "vertical"}),
     ("drm", {"drop_rate": 0.0, "disjoint_mean": False}),
     ("knots", {"combine": "linear"}),
+    ("least_interference", {"side": "output"}),
+    ("least_interference", {"side": "both", "t": 4.0}),
+    ("least_interference", {"side": "both", "power": 1.0, "target_power": 1.0}),
     ("tsv_m", {"spectrum_power": 0.5, "rank_share": 0.3}),
     ("slerp", {"t": 0.25}),
 ]

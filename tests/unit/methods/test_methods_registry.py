@@ -191,7 +191,7 @@ def factors(count: int = 3) -> list[LowRank]:
 
 
 def test_the_methods_that_stay_in_the_factors() -> None:
-    assert LOW_RANK == ["average", "drm", "knots", "linear", "task_arithmetic", "tsv_m"]
+    assert LOW_RANK == ["average", "drm", "knots", "least_interference", "linear", "task_arithmetic", "tsv_m"]
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

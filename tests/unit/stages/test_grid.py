@@ -29,6 +29,7 @@ GRIDS: list[tuple[str, dict[str, list[Any]]]] = [
     ("breadcrumbs", {"density": [0.5, 0.8]}),
     ("knots", {"density": [0.3, 0.9]}),
     ("tsv_m", {"rank_share": [None, 0.5], "spectrum_power": [0.0, 1.0]}),
+    ("least_interference", {"side": ["input", "both"], "ridge": [None, 0.1]}),
     ("pcb", {"density": [0.1, 0.5]}),
 ]
 

@@ -160,9 +160,8 @@ def _entries(parameters: MethodParameters, inputs: Inputs, gemm: float, eigh: fl
     if not chosen.whole_matrix:
         return count / _timed(_chunk_trial(parameters, inputs, stack, context))
     spent = _timed(lambda: chosen.merge(stack, parameters, inputs.weights, context=context))
-    side = float(_MATRIX)
-    known = (4 * experts + 2) * side**3 / gemm + 9 * side**3 / eigh
-    return experts * side * side / max(spent - known, 0.1 * spent)
+    work = chosen.matrix_work(parameters, experts, _MATRIX, _MATRIX)
+    return work.entries / max(spent - work.gemm / gemm - work.eigh / eigh, 0.1 * spent)
 
 
 def _chunk_trial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from modelweld.errors import MergeError
@@ -43,6 +44,25 @@ class LowRank:
     def dense(self) -> Tensor:
         """The matrix itself, (n, m)."""
         return self.B @ self.A
+
+
+def joint_cores(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
+    """Q (n, q), cores K_i `(N, q, p)` and P (m, p) with D_i = Q K_i Pᵀ, in float64; q and p are at most Σ R_i.
+
+    Q and P have orthonormal columns. Raises MergeError for no factors, factors of different shapes, and values that
+    are not finite (in host memory).
+    """
+    if not factors:
+        raise MergeError("no models", hint="give one pair of factors per model")
+    shapes = {factor.shape for factor in factors}
+    if len(shapes) > 1:
+        raise MergeError(f"factors of different matrices: {sorted(shapes)}", hint="give the factors of one weight")
+    require_finite_factors(factors)
+    ranks = [factor.rank for factor in factors]
+    left, rows = torch.linalg.qr(torch.cat([factor.B.double() for factor in factors], dim=1))  # (n, q), (q, Σ R_i)
+    right, columns = torch.linalg.qr(torch.cat([factor.A.double().mT for factor in factors], dim=1))
+    pairs = zip(rows.split(ranks, dim=1), columns.split(ranks, dim=1), strict=True)
+    return left, torch.stack([row @ column.mT for row, column in pairs]), right
 
 
 def require_finite_factors(factors: Sequence[LowRank], names: Sequence[str] = ()) -> None:

@@ -75,12 +75,30 @@ def _gram(stack: Tensor) -> Tensor:
     """Σ D_i D_iᵀ (n, n) in float64; only the lower triangle is sure to be filled, which is all that eigh reads."""
     n = stack.shape[1]
     gram = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
-    parts = 4 if n >= _SPLIT and stack.device.type == "cpu" else 1
-    edges = [n * part // parts for part in range(parts + 1)]
     for _, _, piece in _pieces(stack):
-        for top, bottom in pairwise(edges):
-            gram[top:bottom, :bottom].addmm_(piece[top:bottom], piece[:bottom].mT)
+        add_gram_(gram, piece)
     return gram
+
+
+def add_gram_(gram: Tensor, matrix: Tensor) -> None:
+    """Adds X Xᵀ of a matrix (n, k) to `gram` (n, n); only the lower triangle is sure to get it."""
+    for top, bottom in pairwise(_edges(gram)):
+        gram[top:bottom, :bottom].addmm_(matrix[top:bottom], matrix[:bottom].mT)
+
+
+def symmetric_(gram: Tensor) -> Tensor:
+    """The matrix, once what `add_gram_` left out of its upper triangle has been copied from the lower one."""
+    for top, bottom in pairwise(_edges(gram)):
+        if top:
+            gram[:top, top:bottom] = gram[top:bottom, :top].mT
+    return gram
+
+
+def _edges(gram: Tensor) -> list[int]:
+    """Where the bands of rows begin and end of which a symmetric matrix is computed; on an accelerator one band."""
+    n = gram.shape[0]
+    parts = 4 if n >= _SPLIT and gram.device.type == "cpu" else 1
+    return [n * part // parts for part in range(parts + 1)]
 
 
 def _pieces(stack: Tensor) -> Iterator[tuple[int, int, Tensor]]:
