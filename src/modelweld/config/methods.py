@@ -124,6 +124,7 @@ class Knots(MethodParameters):
     method: Literal["knots"] = "knots"
     combine: Literal["linear", "ties"] = "ties"
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    merge_scaled: bool = Field(False, description="merge ΣV as the authors' code does; false merges V, as their paper")
     rank_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-5
 
 

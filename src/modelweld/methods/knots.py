@@ -26,20 +26,23 @@ def merge(
     *,
     combine: str = "ties",
     density: float = 0.3,
+    merge_scaled: bool = False,
     weights: Weights | None = None,
     rank_tolerance: float = RANK_TOLERANCE,
     diagnostics: MutableMapping[str, Any] | None = None,
 ) -> Tensor:
     """The merged task vector `(n, m)` of `(N, n, m)`, in float64: U Σ · merged(V_iᵀ) for [D_1 | … | D_N] = U Σ Vᵀ.
 
-    The V_iᵀ are merged by TIES (each trimmed to `density` over all its entries) or summed. Singular values below
-    `rank_tolerance` of the largest are left out. `diagnostics` gets the `rank`, under TIES those of `elect` too. Raises
+    The V_iᵀ are merged by TIES (each trimmed to `density` over all its entries) or summed, as the paper's text says.
+    With `merge_scaled` the Σ V_iᵀ are trimmed and merged instead, as the authors' code does with `s_on_V`; it ranks the
+    entries of all layers together, this function those of one weight. Singular values below `rank_tolerance` of the
+    largest are left out. `diagnostics` gets the `rank`, under TIES those of `elect` too. Raises
     MergeError for another shape and values that are not finite.
     """
     deltas = stacked(deltas, dtype=deltas.dtype, matrices=True)
     require_finite(deltas)
     found = joint_projection(deltas, rank_tolerance)
-    return found.basis @ _merged_rows(found, combine, density, weights, diagnostics)
+    return found.basis @ _merged_rows(found, combine, density, merge_scaled, weights, diagnostics)
 
 
 def merge_low_rank(
@@ -47,6 +50,7 @@ def merge_low_rank(
     *,
     combine: str = "ties",
     density: float = 0.3,
+    merge_scaled: bool = False,
     weights: Weights | None = None,
     rank_tolerance: float = RANK_TOLERANCE,
     diagnostics: MutableMapping[str, Any] | None = None,
@@ -54,13 +58,14 @@ def merge_low_rank(
     """As `merge` of the dense matrices, in and out as factors."""
     columns, cores = shared_columns(factors)
     found = joint_projection(cores, rank_tolerance)
-    return LowRank(columns @ found.basis, _merged_rows(found, combine, density, weights, diagnostics))
+    return LowRank(columns @ found.basis, _merged_rows(found, combine, density, merge_scaled, weights, diagnostics))
 
 
 def _merged_rows(
     found: JointProjection,
     combine: str,
     density: float,
+    merge_scaled: bool,
     weights: Weights | None,
     diagnostics: MutableMapping[str, Any] | None,
 ) -> Tensor:
@@ -72,10 +77,11 @@ def _merged_rows(
     c = coefficients_or_none(weights, found.projections)
     if combine == "linear":
         return weighted_sum(found.projections, c)
-    right = found.projections / torch.where(sigma > 0, sigma, 1)  # V_iᵀ, (N, r, m)
-    quota = found.rank * right.shape[2]
-    thresholds = torch.stack([quota_threshold(rows, quota, density) for rows in right])
-    merged = elect(right, c, thresholds=thresholds, diagnostics=diagnostics) * sigma
+    divisor = torch.ones_like(sigma) if merge_scaled else torch.where(sigma > 0, sigma, 1)
+    rows = found.projections / divisor  # Σ V_iᵀ or V_iᵀ, (N, r, m)
+    quota = found.rank * rows.shape[2]
+    thresholds = torch.stack([quota_threshold(own, quota, density) for own in rows])
+    merged = elect(rows, c, thresholds=thresholds, diagnostics=diagnostics) * divisor
     if diagnostics is not None:
         # Off the CPU the rows beyond the rank are there, and zero.
         diagnostics["kept_share"] = diagnostics["kept_share"] * (len(sigma) / found.rank.clamp(min=1))

@@ -23,8 +23,9 @@ def merge(deltas: Tensor, *, density: float = 0.1, weights: Weights | None = Non
     """`(*shape)`: Σ c_i s_i D_i / Σ s_i of `(N, *shape)`, in float32 (float64 for float64).
 
     The score exp(N · unit(|D_i|)²) · tanh(D_i ⊙ Σ_j D_j), unit(x) = (x - min) / (max - min), becomes the weight s_i:
-    0 outside its largest `density` entries, and from there linearly up to 1. Magnitudes are first clamped to their
-    0.01 % and 99.99 % order statistics. Raises MergeError for a density outside (0, 1] and values that are not finite.
+    0 outside its largest `density` entries, and from there linearly up to 1. Of d magnitudes
+    those outside the ranks floor(0.0001 d) + 1 and floor(0.9999 d) are first clamped to these. Raises MergeError for a
+    density outside (0, 1] and values that are not finite.
     """
     deltas = stacked(deltas)
     require_finite(deltas)
@@ -46,9 +47,8 @@ def merge(deltas: Tensor, *, density: float = 0.1, weights: Weights | None = Non
 
 def _clamped(delta: Tensor) -> Tensor:
     size = delta.numel()
-    edge = int(size * _OUTLIERS)
-    low = kth_smallest(delta, edge + 1, magnitudes=True)
-    high = kth_smallest(delta, size - edge, magnitudes=True)
+    low = kth_smallest(delta, int(size * _OUTLIERS) + 1, magnitudes=True)
+    high = kth_smallest(delta, int(size * (1 - _OUTLIERS) - 1) + 1, magnitudes=True)
     return delta.sign() * delta.abs().clamp(low, high)
 
 
@@ -69,4 +69,5 @@ METHOD = Method(
     merge,
     summary="entries weighted by their competition within and across tasks",
     source="2410.02396",
+    version="2",
 )

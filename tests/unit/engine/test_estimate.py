@@ -125,7 +125,7 @@ def test_least_interference_is_priced_by_what_it_multiplies(side: str, power: fl
 
         # A Gram matrix is symmetric, and of large ones only the lower blocks are made.
         counted, work = products(merge, custom_mapping=UNCOUNTED), chosen.matrix_work(parameters, *shape)
-        assert counted <= work.gemm <= 1.3 * counted, shape
+        assert counted / 1.01 <= work.gemm <= 1.3 * counted, shape
     factors = [LowRank(torch.randn(200, rank), torch.randn(rank, 90)) for rank in (4, 12)]
 
     def merge_factors() -> None:

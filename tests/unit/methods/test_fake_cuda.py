@@ -96,6 +96,7 @@ OPTIONS = [
     ("drm", {"direction": "vertical"}),
     ("drm", {"drop_rate": 0.0, "disjoint_mean": False}),
     ("knots", {"combine": "linear"}),
+    ("knots", {"merge_scaled": True}),
     ("least_interference", {"side": "output"}),
     ("least_interference", {"side": "both", "t": 4.0}),
     ("least_interference", {"side": "both", "power": 1.0, "target_power": 1.0}),

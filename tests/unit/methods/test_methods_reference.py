@@ -244,13 +244,15 @@ def test_della(stack: Array, drop_rate: float, epsilon: float, rescale: bool, co
     assert close(result, weighted_sum(kept, c) if combine == "linear" else elected(kept, c))
 
 
-@given(stacks, st.floats(0.05, 1.0), st.sampled_from(["linear", "ties"]))
+@given(stacks, st.floats(0.05, 1.0), st.sampled_from(["linear", "ties"]), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_knots(stack: Array, density: float, combine: str) -> None:
+def test_knots(stack: Array, density: float, combine: str, scaled: bool) -> None:
     count, _, m = stack.shape
     c = coefficients(stack)
     left, sigma, right = np.linalg.svd(np.concatenate(list(stack), axis=1), full_matrices=False)
     blocks = [right[:, index * m : (index + 1) * m] for index in range(count)]
+    if scaled:
+        blocks, sigma = [sigma[:, None] * block for block in blocks], np.ones_like(sigma)
     if combine == "ties":
         # Entries of an orthogonal matrix can be equal in exact arithmetic: both sides round them alike.
         blocks = [kept_largest(np.round(block, 12), density) for block in blocks]
@@ -259,9 +261,22 @@ def test_knots(stack: Array, density: float, combine: str) -> None:
         merged = weighted_sum(np.stack(blocks), c)
     expected = left @ (sigma[:, None] * merged)
     result = knots.merge(
-        torch.from_numpy(stack), combine=combine, density=density, weights=c.tolist(), rank_tolerance=0.0
+        torch.from_numpy(stack),
+        combine=combine,
+        density=density,
+        merge_scaled=scaled,
+        weights=c.tolist(),
+        rank_tolerance=0.0,
     )
     assert close(result, expected)
+
+
+def test_knots_of_scaled_rows_is_another_merge_by_ties_and_the_same_by_the_sum() -> None:
+    stack = torch.from_numpy(random_stack(3, 3, 12, 9))
+    apart = knots.merge(stack, merge_scaled=True) - knots.merge(stack)
+    assert float(apart.norm()) > 0.05 * float(knots.merge(stack).norm())
+    linear_rows = [knots.merge(stack, combine="linear", merge_scaled=scaled) for scaled in (False, True)]
+    assert close(linear_rows[0], linear_rows[1].numpy())
 
 
 def nearest_orthonormal(columns: Array) -> Array:
@@ -334,9 +349,9 @@ def test_pcb(stack: Array, density: float) -> None:
     numerator, denominator = np.zeros_like(together), np.zeros_like(together)
     for weight, delta in zip(c, stack, strict=True):
         magnitude = np.abs(delta)
-        edge = int(delta.size * 1e-4)
         ordered = np.sort(magnitude, axis=None)
-        magnitude = np.clip(magnitude, ordered[edge], ordered[-1 - edge])
+        low, high = int(delta.size * 1e-4), int(delta.size * (1 - 1e-4) - 1)  # as the authors' code indexes them
+        magnitude = np.clip(magnitude, ordered[low], ordered[high])
         unit = (magnitude - magnitude.min()) / (magnitude.max() - magnitude.min())
         score = np.exp(count * unit**2) * np.tanh(delta * together)
         first = min(delta.size - round(delta.size * density), delta.size - 1)
