@@ -1,5 +1,6 @@
 # modelweld: the tasks of this repository. Every target does its own set-up in .venv and may be run twice.
-#   make demo    a real merge of five finetuned MiniLMs, end to end, into a local registry
+#   make demo    a real merge of five finetuned MiniLMs, end to end, into a local registry: minutes
+#   make showcase    the same with longer training: about an hour on two cores
 #   make test    all tests        make test-fast    those without servers and without long merges
 #   make lint    style, types, layers        make bench    the benchmarks
 #   make docs    the documentation site, into site/        make docs-serve    the same on http://127.0.0.1:8000
@@ -19,11 +20,11 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-fast lint bench docs docs-serve clean help
+.PHONY: demo showcase test test-fast lint bench docs docs-serve clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#//p' Makefile | head -5
+	@sed -n 's/^#//p' Makefile | head -6
 
 # Without compiling every module of every package: Python compiles what is imported, once, when it is imported.
 install = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
@@ -42,10 +43,10 @@ $(READY): $(RUNS)
 	@touch $@
 
 demo: $(RUNS)
-	@echo "==> preparing data and finetuning one expert a task (skipped where up to date)"
-	@cd examples/minilm && $(abspath $(BIN))/python prepare.py
-	@echo "==> fetch → validate → merge → evaluate → register"
-	@$(BIN)/modelweld run
+	@$(BIN)/python examples/minilm/demo.py
+
+showcase: $(RUNS)
+	@$(BIN)/python examples/minilm/demo.py showcase
 
 test: $(READY)
 	@echo "==> all tests, $(WORKERS) at a time"

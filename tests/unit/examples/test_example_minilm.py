@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
-import json
-import os
+import queue
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 
 from modelweld.config import load_params
 from tests.conftest import FILLER, Family
@@ -27,19 +28,22 @@ EXAMPLE = ROOT / "examples" / "minilm"
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of the example as a module; it has no package because people run it by path."""
-    spec = importlib.util.spec_from_file_location(f"example_minilm_{name}", EXAMPLE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """A script of the example; they import each other by name because people run them by path."""
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLE))
 
 
 packages = load_script("packages")
-texts = load_script("texts")
 prepare = load_script("prepare")
+problems = load_script("problems")
+progress = load_script("progress")
+recipe = load_script("recipe")
+texts = load_script("texts")
+uptodate = load_script("uptodate")
+QUIET = Console(file=io.StringIO())
 
 
 def tarball(files: dict[str, bytes]) -> bytes:
@@ -79,7 +83,7 @@ class TestPackages:
         assert packages.members(buffer.getvalue()) == {}
 
     def test_another_layout_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(packages.PackageProblem, match="20newsgroups"):
+        with pytest.raises(problems.PackageProblem, match="20newsgroups"):
             packages.keep({"pkg/else.tab": b""}, ["*/20newsgroups-*.tab"], tmp_path)
 
     def test_every_package_is_pinned_to_a_version_and_a_digest(self) -> None:
@@ -150,37 +154,126 @@ class TestTexts:
 
     def test_a_task_that_is_too_small_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(texts, "TASKS", {"tiny": lambda _: texts.Texts(rows(50))})
-        with pytest.raises(texts.TextProblem, match=r"tiny/.*rows"):
-            texts.write(tmp_path, tmp_path / "out", BOUNDS)
+        with pytest.raises(problems.TextProblem, match=r"tiny/.*rows"):
+            texts.write(tmp_path, tmp_path / "out", BOUNDS, QUIET)
 
 
+PLACES = {"demo": (ROOT / "params.yaml", "examples/minilm"), "showcase": (EXAMPLE / "showcase/params.yaml", "inputs")}
+
+
+@pytest.mark.parametrize("name", ["demo", "showcase"])
 class TestTheFilesAgree:
-    def test_every_task_has_an_expert_and_is_evaluated(self) -> None:
-        settings = yaml.safe_load((EXAMPLE / "settings.yaml").read_text(encoding="utf-8"))
-        params = load_params(ROOT / "params.yaml")
-        assert set(settings["experts"]) == set(texts.TASKS) == set(params.tasks)
-        assert {task.max_length for task in params.tasks.values()} == {settings["training"]["max_length"]}
+    def test_every_task_has_an_expert_and_is_evaluated(self, name: str) -> None:
+        made, params = recipe.Recipe.read(name), load_params(PLACES[name][0])
+        assert set(made.experts) == set(texts.TASKS) == set(params.tasks)
+        assert {task.max_length for task in params.tasks.values()} == {made.training.max_length}
+        assert made.split["test"] >= params.validate_.min_rows
 
-    def test_sources_are_what_the_example_makes(self) -> None:
-        params = load_params(ROOT / "params.yaml")
-        assert {name: source.uri for name, source in params.models.items()} == {
-            name: f"examples/minilm/models/{name}" for name in ["base", *texts.TASKS]
+    def test_sources_are_what_the_example_makes(self, name: str) -> None:
+        file, folder = PLACES[name]
+        params = load_params(file)
+        assert file.parent / folder == recipe.Recipe.read(name).out
+        assert {key: source.uri for key, source in params.models.items()} == {
+            key: f"{folder}/models/{key}" for key in ["base", *texts.TASKS]
         }
-        assert {name: source.uri for name, source in params.datasets.items()} == {
-            name: f"examples/minilm/texts/{name}" for name in texts.TASKS
+        assert {key: source.uri for key, source in params.datasets.items()} == {
+            key: f"{folder}/texts/{key}" for key in texts.TASKS
         }
         assert all(source.licence for source in [*params.models.values(), *params.datasets.values()])
 
-    @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git, and this is no checkout")
-    @pytest.mark.parametrize("made", ["packages", "texts", "models", "metrics", "dvc.lock", ".dvc/tmp"])
-    def test_nothing_fetched_or_made_can_be_committed(self, made: str) -> None:
-        path = f"examples/minilm/{made}" + ("" if made == "dvc.lock" else "/x")
-        assert subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
+
+class TestTheShowcase:
+    def test_it_is_a_project_of_its_own_with_this_repositorys_graph(self) -> None:
+        assert (EXAMPLE / "showcase" / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+        assert (EXAMPLE / "showcase" / ".dvc" / "config").read_text() == (ROOT / ".dvc" / "config").read_text()
+        demo, showcase = (load_params(file).name for file, _ in PLACES.values())
+        assert demo != showcase
+
+    def test_it_trains_more_than_the_demo(self) -> None:
+        demo, showcase = recipe.Recipe.read("demo"), recipe.Recipe.read("showcase")
+        assert all(showcase.work(task) > 10 * demo.work(task) for task in demo.experts)
 
 
-@pytest.fixture(scope="module")
-def finetune() -> ModuleType:
-    return load_script("finetune")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git, and this is no checkout")
+@pytest.mark.parametrize(
+    "made", ["packages/x", "texts/x", "models/x", "made.json", "showcase/inputs/x", "showcase/merged/x"]
+)
+def test_nothing_fetched_or_made_can_be_committed(made: str) -> None:
+    path = f"examples/minilm/{made}"
+    assert subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
+
+
+class TestUpToDate:
+    def test_a_product_is_made_again_when_anything_before_it_changed_or_it_is_gone(self, tmp_path: Path) -> None:
+        code = tmp_path / "code.py"
+        code.write_text("1")
+        key = uptodate.key_of(code, {"a": 1}, "before")
+        made = uptodate.Made(tmp_path)
+        assert not made.has("out", key)
+        (tmp_path / "out").mkdir()
+        made.note("out", key, {"accuracy": 0.5})
+        made.note("other", "another key")
+        assert made.has("out", key)
+        assert made.facts("out") == {"accuracy": 0.5}
+        assert not made.has("out", uptodate.key_of(code, {"a": 2}, "before"))
+        assert not made.has("out", uptodate.key_of(code, {"a": 1}, "after"))
+        code.write_text("2")
+        assert not made.has("out", uptodate.key_of(code, {"a": 1}, "before"))
+        (tmp_path / "out").rmdir()
+        assert not made.has("out", key)
+
+    def test_only_what_depends_on_a_change_is_made_again(self, tmp_path: Path) -> None:
+        given = replace(recipe.Recipe.read("demo"), out=tmp_path)
+        keys = prepare.Keys.of(given)
+        steps = {task: replace(own, steps=own.steps + (task == "movies")) for task, own in given.experts.items()}
+        longer = prepare.Keys.of(replace(given, experts=steps))
+        assert [task for task in keys.experts if keys.experts[task] != longer.experts[task]] == ["movies"]
+        assert (keys.texts, keys.base) == (longer.texts, longer.base)
+        redrawn = prepare.Keys.of(replace(given, split=given.split | {"seed": 1}))
+        assert redrawn.base == keys.base
+        assert all(redrawn.experts[task] != keys.experts[task] for task in keys.experts)
+
+
+class TestEstimate:
+    def test_processes_take_the_next_expert_when_they_are_free(self) -> None:
+        assert recipe.seconds_of([9.0, 5.0, 5.0, 5.0], 2) == 14.0
+        assert recipe.seconds_of([3.0, 3.0], 1) == 6.0
+        assert recipe.seconds_of([3.0], 4) == 3.0
+
+    def test_frozen_layers_are_computed_once_per_row_and_not_per_step(self) -> None:
+        given = recipe.Recipe.read("demo")
+        thawed = replace(given, training=replace(given.training, frozen_layers=0))
+        how, steps = given.training, given.experts["movies"].steps
+        saved = recipe.FILLED * 3 * how.frozen_layers * how.max_length
+        more = (
+            saved * steps * how.batch_size
+            + recipe.FILLED * how.max_length * how.frozen_layers * given.split["validation"]
+        )
+        assert thawed.work("movies") - given.work("movies") == pytest.approx(more)
+
+    def test_lines_say_how_much_time_is_left_where_no_bar_can_be_drawn(self) -> None:
+        console, reports = Console(file=io.StringIO(), width=200), queue.Queue()
+        with progress.Experts(console, reports, {"a": 10.0, "b": 30.0}) as bars:
+            bars.read()
+            assert console.file.getvalue() == ""
+            reports.put(("b", 20.0))
+            bars.read()
+            assert console.file.getvalue().startswith("  50% of all experts, about ")
+            bars.finished("b", "b is done")
+            reports.put(("a", 10.0))
+            bars.read()
+        assert console.file.getvalue().splitlines()[1:] == ["  b is done", "  100% of all experts, about 0 s left"]
+
+
+@pytest.fixture
+def finetune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    return importlib.import_module("finetune")
+
+
+TINY = recipe.Training(
+    seed=1, max_length=16, batch_size=32, frozen_layers=0, weight_decay=0.0, warmup=0.1, probe_strengths=[0.1]
+)
 
 
 def order_task(root: Path, base: Path) -> Path:
@@ -224,9 +317,8 @@ class TestFinetune:
         assert sorted(row for batch in chosen for row in batch) == list(range(100))
 
     def test_an_expert_no_better_than_the_probe_is_refused(self, finetune: ModuleType) -> None:
-        same = {"expert": {"accuracy": 0.8}, "probe": {"accuracy": 0.8}}
-        with pytest.raises(finetune.WeakExpert, match=r"movies: .*0\.800.*\n.*experts\.movies\.steps"):
-            finetune._refuse_weak("movies", same)
+        with pytest.raises(problems.WeakExpert, match=r"movies: .*0\.800.*\n.*experts\.movies\.steps"):
+            finetune._refuse_weak("movies", {"expert": 0.8, "probe": 0.8})
 
     def test_an_expert_is_made_reproducibly_and_fits_its_base(
         self, finetune: ModuleType, tiny_bert_family: Family, tmp_path: Path
@@ -234,16 +326,11 @@ class TestFinetune:
         from safetensors.numpy import load_file
         from transformers import AutoModelForSequenceClassification
 
-        how = finetune.Training(
-            seed=1, threads=1, precision="float32", max_length=16, batch_size=32, learning_rate=3e-3,
-            weight_decay=0.0, warmup=0.1, probe_strengths=[0.1],
-        )  # fmt: skip
         root = order_task(tmp_path / "project", tiny_bert_family.base)
-        result = finetune.make_expert("order", root, 150, how)
+        result = finetune.make_expert("order", root, recipe.Expert(150, 3e-3), TINY)
         folder = root / "models" / "order"
         first = load_file(folder / "model.safetensors")
-        assert result["validation"]["expert"]["accuracy"] > 0.9 > result["validation"]["probe"]["accuracy"]
-        assert (root / "metrics" / "order.json").is_file()
+        assert result["accuracy"]["expert"] > 0.9 > result["accuracy"]["probe"]
 
         base = load_file(root / "models" / "base" / "model.safetensors")
         backbone = {name.removeprefix("bert."): value for name, value in first.items() if name.startswith("bert.")}
@@ -256,23 +343,120 @@ class TestFinetune:
         assert config.id2label == {0: "blue", 1: "red"}
         assert config.hidden_dropout_prob == 0.1
 
-        finetune.make_expert("order", root, 150, how)
+        finetune.make_expert("order", root, recipe.Expert(150, 3e-3), TINY)
         again = load_file(folder / "model.safetensors")
         assert all(np.array_equal(first[name], again[name]) for name in first)
 
-        with pytest.raises(finetune.WeakExpert):
-            finetune.make_expert("order", root, 1, how)
+        with pytest.raises(problems.WeakExpert):
+            finetune.make_expert("order", root, recipe.Expert(1, 3e-3), TINY)
         np.testing.assert_array_equal(load_file(folder / "model.safetensors")[f"bert.{words}"], base[words])
+
+    def test_frozen_layers_keep_every_byte_and_change_no_output(
+        self, finetune: ModuleType, tiny_bert_family: Family, tmp_path: Path
+    ) -> None:
+        import torch
+        from safetensors.numpy import load_file
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        root = order_task(tmp_path / "project", tiny_bert_family.base)
+        how = replace(TINY, frozen_layers=1)
+        result = finetune.make_expert("order", root, recipe.Expert(150, 3e-3), how)
+        expert = load_file(root / "models" / "order" / "model.safetensors")
+        base = load_file(root / "models" / "base" / "model.safetensors")
+        changed = {name for name in base if not np.array_equal(base[name], expert[f"bert.{name}"])}
+        assert changed
+        assert all(name.startswith(("encoder.layer.1.", "pooler.")) for name in changed)
+
+        # What was computed from kept activations is what the saved model computes from texts.
+        tokenizer = AutoTokenizer.from_pretrained(root / "models" / "order")
+        model = AutoModelForSequenceClassification.from_pretrained(root / "models" / "order").eval()
+        _, splits = finetune.read_splits(root / "texts" / "order", tokenizer, how.max_length)
+        held, told = splits["validation"], []
+        rows = list(range(40))
+        whole = model(**tokenizer.pad({"input_ids": [held.ids[row] for row in rows]}, return_tensors="pt")).logits
+        finetune.freeze(model.bert, {"validation": held}, 1, told.append)
+        with torch.no_grad():
+            torch.testing.assert_close(finetune.logits(model, held, rows, 1), whole, atol=1e-5, rtol=1e-5)
+        assert result["accuracy"]["expert"] == pytest.approx(finetune.accuracy(model, held, 1, told.append))
+        assert min(told) > 0
+
+    def test_a_step_is_timed_in_the_work_that_it_reports(self, finetune: ModuleType) -> None:
+        how = replace(recipe.Recipe.read("demo").training, batch_size=2, max_length=4)
+        assert 1e-9 < finetune.seconds_per_work(how) < 1e-2
 
 
 class TestPrepare:
-    def test_the_table_names_probe_and_expert(self, tmp_path: Path) -> None:
-        score = {"expert": {"accuracy": 0.9}, "probe": {"accuracy": 0.8}}
-        result = {"task": "movies", "labels": 2, "test": score, "seconds": {"probe": 1.0, "finetune": 2.4}}
-        (tmp_path / "movies.json").write_text(json.dumps(result), encoding="utf-8")
-        assert prepare.table(tmp_path).splitlines()[1].split() == ["movies", "2", "0.800", "0.900", "3"]
+    def test_experts_are_made_side_by_side_once_and_again_only_where_they_changed(
+        self, tiny_bert_family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(str(EXAMPLE))
+        root = order_task(tmp_path / "project", tiny_bert_family.base)
+        shutil.copytree(root / "texts" / "order", root / "texts" / "again")
+        split = {"seed": 1, "train": 600, "validation": 100, "test": 100}
+        experts = {task: recipe.Expert(150, 3e-3) for task in ("order", "again")}
+        given = recipe.Recipe(root, split, TINY, experts)
+        keys, made = prepare.Keys.of(given), uptodate.Made(root)
+        made.note("texts", keys.texts)
+        made.note("models/base", keys.base)
 
-    def test_children_find_this_interpreter_and_send_nothing(self) -> None:
-        environment = prepare.environment()
-        assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-        assert environment["DVC_NO_ANALYTICS"] == environment["HF_HUB_OFFLINE"] == "1"
+        console = Console(file=io.StringIO(), width=300)
+        assert prepare.prepare(given, console).experts == ["order", "again"]
+        said = console.file.getvalue()
+        assert "finetune 2 experts" in said
+        assert "one step takes " in said
+        assert said.index("one step takes ") < said.index("order: accuracy ")
+        assert made.facts("models/order")["accuracy"]["expert"] > 0.9
+        files = [root / "models" / task / "model.safetensors" for task in experts]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+        assert not prepare.prepare(given, QUIET).anything
+        longer = replace(given, experts=experts | {"again": recipe.Expert(151, 3e-3)})
+        assert prepare.prepare(longer, QUIET).experts == ["again"]
+
+        weak = replace(given, experts=experts | {"again": recipe.Expert(1, 3e-3)})
+        with pytest.raises(problems.WeakExpert, match="again: accuracy"):
+            prepare.prepare(weak, QUIET)
+
+    def test_what_is_up_to_date_starts_no_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        given = replace(recipe.Recipe.read("demo"), out=tmp_path)
+        keys = prepare.Keys.of(given)
+        for product, key in {"texts": keys.texts, "models/base": keys.base} | {
+            f"models/{task}": key for task, key in keys.experts.items()
+        }.items():
+            (tmp_path / product).mkdir(parents=True)
+            uptodate.Made(tmp_path).note(product, key)
+        monkeypatch.setattr(prepare.worker, "start", lambda _: pytest.fail("a process was started"))
+        assert not prepare.prepare(given, QUIET).anything
+
+
+class TestSelectScales:
+    def test_candidates_are_scored_on_validation_rows_by_what_their_experts_reach(
+        self, finetune: ModuleType, tiny_bert_family: Family, tmp_path: Path
+    ) -> None:
+        select = load_script("select_scales")
+        root = order_task(tmp_path / "project", tiny_bert_family.base)
+        how = replace(TINY, frozen_layers=1)
+        finetune.make_expert("order", root, recipe.Expert(150, 3e-3), how)
+        given = recipe.Recipe(root, {}, how, {"order": recipe.Expert(150, 3e-3)})
+        validation = select.Validation(given)
+        experts = {"order": 0.5}
+        method = {"method": "task_arithmetic", "scale": 9.0}
+        found = select.candidates(method, given, [0.0, 1.0], tmp_path)
+        untrained, whole = (select.shares(validation, path, experts)[0] for path in found.values())
+        assert whole > 1.8 > untrained
+
+        # The test rows decide nothing: they are not even read.
+        (root / "texts" / "order" / "test.parquet").unlink()
+        select.Validation(given)
+
+    def test_layers_that_were_kept_must_be_those_of_the_base(
+        self, finetune: ModuleType, tiny_bert_family: Family, tmp_path: Path
+    ) -> None:
+        import modelweld
+
+        select = load_script("select_scales")
+        root = order_task(tmp_path / "project", tiny_bert_family.base)
+        finetune.make_expert("order", root, recipe.Expert(150, 3e-3), TINY)
+        given = recipe.Recipe(root, {}, replace(TINY, frozen_layers=1), {"order": recipe.Expert(150, 3e-3)})
+        with pytest.raises(SystemExit, match="differs from the base"):
+            select.Validation(given).accuracy(modelweld.load(root / "models" / "order"), "order")
