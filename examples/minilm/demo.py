@@ -26,7 +26,7 @@ def main(name: str = "demo") -> int:
     began = time.monotonic()
     console.print(f"==> {name}: base model and experts", highlight=False, soft_wrap=True)
     try:
-        todo = prepare(Recipe.read(name), console)
+        todo = prepare(Recipe.read(name), console, PROJECTS[name] / "params.yaml")
     except Problem as problem:
         print(f"examples/minilm: {problem}", file=sys.stderr)
         return 1

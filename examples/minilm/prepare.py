@@ -25,13 +25,14 @@ import texts
 import worker
 from problems import Problem, WorkerLost
 from progress import Experts
-from recipe import Recipe, duration, read_yaml, seconds_of
+from recipe import Recipe, duration, evaluation_work, read_yaml, seconds_of
 from rich.console import Console
 from uptodate import Made, key_of
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = HERE / "packages"
 POLL_S = 0.2
+PIPELINE_S = 120.0  # starting, fetching, validating, merging, recording: assumed, as measured on two cores with AVX2
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,11 @@ def workers(experts: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), experts))
 
 
-def prepare(recipe: Recipe, console: Console) -> Todo:
-    """Make what is not up to date, and return what that was; Problem where it cannot be made."""
+def prepare(recipe: Recipe, console: Console, params: Path | None = None) -> Todo:
+    """Make what is not up to date, and return what that was; Problem where it cannot be made.
+
+    With `params`, the time of the pipeline that follows is estimated as well.
+    """
     keys = Keys.of(recipe)
     todo = Todo.find(recipe, keys)
     recipe.out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +120,8 @@ def prepare(recipe: Recipe, console: Console) -> Todo:
         console.print(f"  - {part}", highlight=False, soft_wrap=True)
     with pool(workers(len(todo.experts))) as (processes, reports):
         if todo.experts:
-            console.print(f"  {estimate(recipe, todo.experts, processes)}", highlight=False, soft_wrap=True)
+            for line in estimate(recipe, todo.experts, processes, params):
+                console.print(f"  {line}", highlight=False, soft_wrap=True)
         if todo.packages:
             packages.fetch(_archives(), PACKAGES, console)
             Made(HERE).note("packages", keys.packages)
@@ -145,16 +150,23 @@ def pool(size: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
         processes.shutdown(cancel_futures=True)
 
 
-def estimate(recipe: Recipe, experts: list[str], processes: ProcessPoolExecutor) -> str:
-    """How long the experts will take, from a few steps on every processor at once."""
+def estimate(recipe: Recipe, experts: list[str], processes: ProcessPoolExecutor, params: Path | None) -> list[str]:
+    """How long everything will take, from a few steps on every processor at once."""
     size = workers(len(experts))
     timed = [processes.submit(worker.seconds_per_work, recipe.training) for _ in range(size)]
     seconds = max(future.result() for future in timed)
     costs = [seconds * work for work in _work(recipe, experts).values()]
-    return (
+    lines = [
         f"one step takes {seconds * recipe.training.step_work:.2f} s here on one thread: "
         f"about {duration(seconds_of(costs, size))} for {len(experts)} experts on {size} processors"
-    )
+    ]
+    if params:
+        evaluation = seconds * evaluation_work(params, recipe) / size
+        lines.append(
+            f"then about {duration(evaluation + PIPELINE_S)} for the pipeline: {duration(evaluation)} to evaluate, and "
+            f"{duration(PIPELINE_S)} assumed for all else"
+        )
+    return lines
 
 
 def _work(recipe: Recipe, experts: list[str]) -> dict[str, float]:

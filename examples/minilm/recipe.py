@@ -68,6 +68,12 @@ class Recipe:
         return FILLED * (base + self.experts[task].steps * how.step_work + validation)
 
 
+def evaluation_work(params: Path, recipe: Recipe) -> float:
+    """The work of evaluating base, expert, every baseline and the merge on every task's test rows."""
+    systems = 3 + len(read_yaml(params).get("baselines", {}))
+    return FILLED * systems * len(recipe.experts) * recipe.split["test"] * recipe.training.max_length * LAYERS
+
+
 PLACES = {
     "demo": (HERE, HERE / "settings.yaml"),
     "showcase": (HERE / "showcase" / "inputs", HERE / "showcase" / "settings.yaml"),
