@@ -169,21 +169,25 @@ def features(bert: Any, split: Split, above: int, advance: Callable[[int], None]
 
 
 def best_probe(
-    train: np.ndarray, train_y: np.ndarray, held: np.ndarray, held_y: np.ndarray, c: list[float]
+    train: tuple[np.ndarray, np.ndarray],
+    held: tuple[np.ndarray, np.ndarray],
+    c: list[float],
+    *,
+    standardised: bool = True,
 ) -> Pipeline:
-    """The logistic regression whose strength of regularisation does best on the held-out split."""
+    """The logistic regression whose strength of regularisation does best on the held-out features and labels."""
     fitted = []
     with threadpool_limits(1):
         for strength in c:
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200))
-            fitted.append(probe.fit(train, train_y))
-        return max(fitted, key=lambda probe: probe.score(held, held_y))
+            scaler = StandardScaler(with_std=standardised)
+            fitted.append(make_pipeline(scaler, LogisticRegression(C=strength, max_iter=200)).fit(*train))
+        return max(fitted, key=lambda probe: probe.score(*held))
 
 
 def set_head(head: torch.nn.Linear, probe: Pipeline) -> None:
     """Make the head predict what the probe predicts: the scaler is folded in, two classes get opposite logits."""
     scaler, regression = probe[0], probe[1]
-    weight = regression.coef_ / scaler.scale_  # (labels or 1, d)
+    weight = regression.coef_ / (1.0 if scaler.scale_ is None else scaler.scale_)  # (labels or 1, d)
     bias = regression.intercept_ - weight @ scaler.mean_
     if weight.shape[0] == 1:
         weight, bias = np.vstack([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
@@ -211,10 +215,13 @@ def accuracy(model: Any, split: Split, above: int, advance: Callable[[int], None
 def finetune(model: Any, train: Split, expert: Expert, how: Training, advance: Callable[[int], None]) -> None:
     """Train what lies above the frozen layers, in place, by AdamW with warm-up and linear decay."""
     weights = _unfreeze(model, how.frozen_layers)
+    head = list(model.classifier.parameters())
+    body = [weight for weight in weights if not any(weight is own for own in head)]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": how.weight_decay},
-            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+            {"params": [weight for weight in body if weight.ndim > 1], "weight_decay": how.weight_decay},
+            {"params": [weight for weight in body if weight.ndim <= 1], "weight_decay": 0.0},
+            {"params": head, "weight_decay": 0.0, "lr": how.head.learning_rate or expert.learning_rate},
         ],
         lr=expert.learning_rate,
         betas=(0.9, 0.98),
@@ -278,13 +285,9 @@ def make_expert(
     train, validation = splits["train"], splits["validation"]
     freeze(model.bert, splits, above, advance)
     seen = {name: features(model.bert, split, above, advance) for name, split in splits.items()}
-    probes = {
-        view: best_probe(
-            seen["train"][view], train.labels, seen["validation"][view], validation.labels, how.probe_strengths
-        )
-        for view in ("pooled", "mean")
-    }
-    set_head(model.classifier, probes["pooled"])
+    views = {view: [(seen[name][view], split.labels) for name, split in splits.items()] for view in ("pooled", "mean")}
+    probe = best_probe(*views["mean"], how.probe_strengths)
+    set_head(model.classifier, best_probe(*views["pooled"], how.head.strengths, standardised=how.head.standardised))
     prepared = time.process_time()
     finetune(model, train, expert, how, advance)
     finished = time.process_time()
@@ -294,7 +297,7 @@ def make_expert(
         "steps": expert.steps,
         "accuracy": {
             "expert": round(accuracy(model, validation, above, advance), 4),
-            "probe": round(float(probes["mean"].score(seen["validation"]["mean"], validation.labels)), 4),
+            "probe": round(float(probe.score(*views["mean"][1])), 4),
         },
         "seconds_per_step": round((finished - prepared) / expert.steps, 4),
         "seconds": round(time.process_time() - clock, 1),

@@ -18,6 +18,19 @@ FILLED = 0.85  # of the longest texts allowed: how long texts are on average, me
 
 
 @dataclass(frozen=True)
+class Head:
+    """Which linear probe on pooled outputs an expert's head starts from, and how fast the head learns.
+
+    A probe on standardised outputs predicts best, but it leans on directions in which outputs differ little, and these
+    are the first that a merge disturbs. Without `learning_rate` the head learns as fast as the layers below it.
+    """
+
+    standardised: bool
+    strengths: list[float]
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
 class Training:
     """How every expert is finetuned. With `frozen_layers: 0` only the word embeddings stay as they are."""
 
@@ -28,6 +41,7 @@ class Training:
     weight_decay: float
     warmup: float
     probe_strengths: list[float]
+    head: Head
 
     @property
     def step_work(self) -> int:
@@ -58,7 +72,8 @@ class Recipe:
         out, file = PLACES[name]
         settings = read_yaml(file)
         experts = {task: Expert(**own) for task, own in settings["experts"].items()}
-        return cls(out, settings["split"], Training(**settings["training"]), experts)
+        how = settings["training"] | {"head": Head(**settings["training"]["head"])}
+        return cls(out, settings["split"], Training(**how), experts)
 
     def work(self, task: str) -> float:
         """The work of one expert: what its frozen base computes for every row, its steps, and its validation."""

@@ -272,7 +272,14 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 TINY = recipe.Training(
-    seed=1, max_length=16, batch_size=32, frozen_layers=0, weight_decay=0.0, warmup=0.1, probe_strengths=[0.1]
+    seed=1,
+    max_length=16,
+    batch_size=32,
+    frozen_layers=0,
+    weight_decay=0.0,
+    warmup=0.1,
+    probe_strengths=[0.1],
+    head=recipe.Head(standardised=True, strengths=[0.1]),
 )
 
 
@@ -295,15 +302,18 @@ def order_task(root: Path, base: Path) -> Path:
 
 
 class TestFinetune:
+    @pytest.mark.parametrize("standardised", [True, False])
     @pytest.mark.parametrize("labels", [2, 4])
-    def test_the_head_predicts_what_the_probe_predicts(self, finetune: ModuleType, labels: int) -> None:
+    def test_the_head_predicts_what_the_probe_predicts(
+        self, finetune: ModuleType, labels: int, standardised: bool
+    ) -> None:
         import torch
 
         generator = np.random.default_rng(0)
         centres = generator.normal(size=(labels, 8)) * 2 + 5
         truth = generator.integers(0, labels, size=200)
         seen = (centres[truth] + generator.normal(size=(200, 8))).astype(np.float32)
-        probe = finetune.best_probe(seen, truth, seen, truth, [0.1])
+        probe = finetune.best_probe((seen, truth), (seen, truth), [0.1], standardised=standardised)
         head = torch.nn.Linear(8, labels)
         finetune.set_head(head, probe)
         logits = head(torch.from_numpy(seen)).detach()
