@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -390,9 +390,13 @@ class TestFinetune:
         assert result["accuracy"]["expert"] == pytest.approx(finetune.accuracy(model, held, 1, told.append))
         assert min(told) > 0
 
-    def test_a_step_is_timed_in_the_work_that_it_reports(self, finetune: ModuleType) -> None:
+    def test_timed_steps_are_divided_by_the_work_that_settings_say(
+        self, finetune: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         how = replace(recipe.Recipe.read("demo").training, batch_size=2, max_length=4)
-        assert 1e-9 < finetune.seconds_per_work(how) < 1e-2
+        clock = iter([0.0, 100.0, 200.0, 206.0])  # the first step is not counted
+        monkeypatch.setattr(finetune, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        assert finetune.seconds_per_work(how) == pytest.approx(6.0 / finetune.TIMED_STEPS / how.step_work)
 
 
 class TestPrepare:
