@@ -32,7 +32,7 @@ from uptodate import Made, key_of
 HERE = Path(__file__).resolve().parent
 PACKAGES = HERE / "packages"
 POLL_S = 0.2
-PIPELINE_S = 120.0  # starting, fetching, validating, merging, recording: assumed, as measured on two cores with AVX2
+PIPELINE_S = 120.0  # starting, fetching, validating, merging, recording: assumed for two cores with AVX2
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ class Experts:
         self._console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     def _advance(self, task: str, work: float) -> None:
-        self._bars.advance(self._each[task], work)
+        # Texts that are longer than was assumed must not make it more than all.
+        each = self._bars.tasks[self._each[task]]
+        work = min(work, self._work[task] - each.completed)
+        self._bars.advance(each.id, work)
         self._bars.advance(self._all, work)
 
     def _print_line(self) -> None:
