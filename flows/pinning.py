@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from modelweld.config import load_params
 from modelweld.errors import WorkspaceError
-from modelweld.sources import LOCK_NAME, Change, changes, read_lock, resolve, write_lock
+from modelweld.formats.lock import LOCK_NAME, Lock
+from modelweld.sources import Change, changes, resolve
 from modelweld.workspace import Worktree
 
 
@@ -14,7 +15,7 @@ def pin_sources(tree: Worktree, *, frozen: bool) -> list[Change]:
     With `frozen` the project's own lock, else the last record's, is taken as it is, and nothing is listed.
     """
     ours, theirs = tree.project.root / LOCK_NAME, tree.path / LOCK_NAME
-    previous = read_lock(ours) or read_lock(theirs)
+    previous = Lock.read_if_present(ours) or Lock.read_if_present(theirs)
     if frozen:
         if previous is None:
             raise WorkspaceError("--frozen needs sources.lock.json", where=str(ours), hint="`modelweld pin` writes it")
@@ -22,5 +23,5 @@ def pin_sources(tree: Worktree, *, frozen: bool) -> list[Change]:
             theirs.write_bytes(ours.read_bytes())
         return []
     lock = resolve(load_params(tree.path / "params.yaml"), tree.project.root, previous)
-    write_lock(lock, theirs)
+    lock.write(theirs)
     return changes(previous, lock)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from modelweld.formats.manifest import FILE, Manifest
+from modelweld.formats.scores import TaskScores
 from modelweld.workspace import Record, Worktree
 from modelweld.workspace.worktree import Repro
 
@@ -17,11 +18,11 @@ def outcome(made: Record, done: list[Repro], notes: list[str], found: Outcome | 
     """The flow's answer, as plain data."""
     return {
         "status": "registered" if found else "recorded" if done else "unchanged",
-        "record": made.as_dict(),
+        "record": made.data(),
         "stages": [asdict(repro) for repro in done],
         "scores": score_rows(made),
         "notes": notes,
-        "registered": found.as_document() if found else None,
+        "registered": found.data() if found else None,
     }
 
 
@@ -29,17 +30,17 @@ def score_rows(made: Record) -> list[dict[str, Any]]:
     """One row per task and system: the metric with its interval, macro-F1, and the share of the expert's score."""
     rows = []
     for path in made.files("scores"):
-        document = json.loads(made.read(path))
-        for system, scores in document["systems"].items():
-            chosen = scores[document["metric"]]
+        task = TaskScores.from_json(made.read(path), f"{made.tag}: {path}")
+        for system, scores in task.systems.items():
+            chosen = scores.score(task.metric)
             rows.append(
                 {
-                    "task": document["task"],
+                    "task": task.task,
                     "system": system,
-                    document["metric"]: chosen["value"],
-                    "low": chosen.get("low"),
-                    "high": chosen.get("high"),
-                    "of expert": scores.get("normalised"),
+                    task.metric: chosen.value,
+                    "low": chosen.low,
+                    "high": chosen.high,
+                    "of expert": scores.normalised,
                 }
             )
     return rows
@@ -47,7 +48,7 @@ def score_rows(made: Record) -> list[dict[str, Any]]:
 
 def merge_notes(tree: Worktree) -> list[str]:
     """What the merge stage remarked on its models: that they are aligned already, say."""
-    file = tree.path / "merged" / "manifest.json"
+    file = tree.path / "merged" / FILE
     # Where no stage needed the merge itself, DVC has not brought it into the worktree.
-    notes: list[str] = json.loads(file.read_text(encoding="utf-8")).get("notes", []) if file.is_file() else []
-    return notes
+    found = Manifest.read_if_present(file)
+    return [] if found is None else list(found.notes)

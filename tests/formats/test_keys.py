@@ -19,7 +19,7 @@ from modelweld.registry import aliases
 from modelweld.registry.from_record import register_record
 from modelweld.registry.ledger import FILE, Ledger
 from modelweld.registry.promotion import open_registry, promote, rollback
-from modelweld.sources import resolve, write_lock
+from modelweld.sources import resolve
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline
 from modelweld.stages.validate import validate
@@ -75,14 +75,14 @@ def today(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Today]:
         }
         git(project, "update-ref", "-d", f"refs/heads/modelweld/ledger/{NAME}")
         live_again(project, plain, refused, aligned)
-        events = [dict(event.document) for event in Ledger(project, NAME).events()]
+        events = [event.entry.data() for event in Ledger(project, NAME).events()]
         yield Today(made["plain"], made["aligned"], record_again(project, plain), events, told_to_mlflow(uri, NAME))
 
 
 def run_again(project: Path, tag: str, place: Path) -> Path:
     """Every stage over the models and data of a record."""
     params = fetched(project, tag, place)
-    write_lock(resolve(load_params(params), place), place / "sources.lock.json")
+    resolve(load_params(params), place).write(place / "sources.lock.json")
     validate(params, place)
     merge_pipeline(params, place)
     merge_baselines(params, place)

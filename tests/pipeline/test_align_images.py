@@ -93,7 +93,7 @@ def accuracy(merged: Path, digits: Path) -> float:
 def test_statistics_are_those_of_the_merge_on_the_calibration_images(digits: Path, weld: Weld, tmp_path: Path) -> None:
     report = weld(calibration=rows(digits), rows=200)
     merged = tmp_path / "merged"
-    document = manifest.read(merged)
+    document = manifest.read(merged).data()
     assert document["repair"]["rows"] == 200
     assert document["repair"]["digest"] == document["alignment"]["calibration"]["digest"]
     assert document["repair"]["layers"] == len([name for name in document["tensors"] if name.endswith("running_mean")])
@@ -131,7 +131,7 @@ def test_half_precision_is_repaired_in_single_and_stored_in_half(digits: Path, w
 
 def test_an_unaligned_merge_is_repaired_too(digits: Path, weld: Weld, tmp_path: Path) -> None:
     weld(method="average", mode="none", calibration=rows(digits), rows=64)
-    document = manifest.read(tmp_path / "merged")
+    document = manifest.read(tmp_path / "merged").data()
     assert document["repair"]["layers"] > 1
     assert document["alignment"]["identity_share"] == 1.0
     assert not document["alignment"]["aligned_already"]

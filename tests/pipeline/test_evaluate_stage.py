@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score
 from modelweld import hardware
 from modelweld.cli import main
 from modelweld.errors import CheckpointError, ConfigError, InputError
-from modelweld.evaluation import read_scores, scoreboard
+from modelweld.evaluation import TaskScores, scoreboard
 from modelweld.stages.evaluate import evaluate
 from modelweld.stages.merge import merge_baselines, merge_pipeline
 from modelweld.stages.report import report
@@ -157,7 +157,7 @@ def test_slow_half_precision_becomes_float32_and_scores_say_so(
     precision(project, "float32")
     run(project)
     assert outputs(project) == first
-    assert read_scores(project / "scores/animal.json").to_dict() == exact
+    assert TaskScores.read(project / "scores/animal.json").data() == exact
 
 
 def precision(root: Path, wanted: str) -> None:
@@ -233,7 +233,7 @@ def test_the_report_tells_the_whole_story(project: Path) -> None:
     document = report(project)
     page = project / ".modelweld/report/index.html"
     assert document["report"] == str(page)
-    assert document["scores"] == scoreboard(project).to_dict()
+    assert document["scores"] == scoreboard(project).summary().data()
     text = page.read_text(encoding="utf-8")
     manifest = json.loads((project / "merged/manifest.json").read_text())
     for expected in ("tiny", "ties", manifest["output"]["model_digest"], "drop_rate: 0.5", "animal", "colour"):

@@ -80,7 +80,7 @@ def written(family: Family, project: Path, where: str, **changes: Any) -> Path:
 
 
 def without_reading(estimate: Any) -> dict[str, Any]:
-    document = estimate.document()
+    document = estimate.data()
     return {key: document[key] for key in ("tensors", "heads", "left_out", "shards", "read_bytes")}
 
 

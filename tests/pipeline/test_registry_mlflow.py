@@ -28,6 +28,7 @@ from modelweld.errors import (
     RemoteUnavailable,
     WorkspaceError,
 )
+from modelweld.formats import Gate, TaskScores
 from modelweld.registry import aliases
 from modelweld.registry.audit import audit
 from modelweld.registry.connection import connect
@@ -43,6 +44,8 @@ from modelweld.workspace import Record
 from modelweld.workspace import records as workspace_records
 from modelweld.workspace.initialise import initialise
 from tests.conftest import Family, pipeline_params
+from tests.support.manifests import manifest_of
+from tests.support.scores import system_scores, task_scores
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 NAME = "tiny"
@@ -107,25 +110,13 @@ def build_merged(family: Family, out: Path, shift: float) -> None:
         for path in sorted(out.rglob("*"))
         if path.is_file()
     }
-    manifest = {"schema": "modelweld.manifest/1", "recipe": {"method": "drm"}, "output": {"files": files}}
-    (out / "manifest.json").write_text(json.dumps(manifest, sort_keys=True), encoding="utf-8")
+    manifest_of(output={"model_digest": "0" * 64, "files": files}).write(out / "manifest.json")
     (out / "README.md").write_text("# tiny\n", encoding="utf-8")
 
 
-def scores(task: str, relative: float) -> dict[str, Any]:
-    def system(value: float) -> dict[str, Any]:
-        accuracy = {"value": 0.9 * value, "low": 0.8 * value, "high": value}
-        return {"accuracy": accuracy, "macro_f1": accuracy, "normalised": value, "model_digest": "0" * 64}
-
-    systems = {"base": system(0.2), "expert": system(1.0), "average": system(relative / 2), "merged": system(relative)}
-    return {
-        "version": 1,
-        "task": task,
-        "dataset_digest": "d" * 64,
-        "rows": 60,
-        "metric": "accuracy",
-        "systems": systems,
-    }
+def scores(task: str, relative: float) -> TaskScores:
+    systems = {"base": 0.2, "expert": 1.0, "average": relative / 2, "merged": relative}
+    return task_scores(task, {name: system_scores(0.9 * value, value) for name, value in systems.items()})
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -161,9 +152,9 @@ def make_record(root: Path, family: Family, run_id: str, relative: float, shift:
     run(root, sys.executable, "-m", "dvc", "repro", "--quiet")
     run(root, sys.executable, "-m", "dvc", "push", "--quiet")
     for task in family.tasks:
-        write_json(root / "scores" / f"{task}.json", scores(task, relative))
+        scores(task, relative).write(root / "scores" / f"{task}.json")
     write_json(root / "sources.lock.json", source_lock(family))
-    write_json(root / "validation" / "gate.json", {"version": 1, "verdict": "pass", "results": []})
+    Gate.of([]).write(root / "validation" / "gate.json")
     files = ["sources.lock.json", "validation/gate.json", *(f"scores/{task}.json" for task in family.tasks)]
     return workspace_records.write(
         root, root=root, name=NAME, run_id=run_id, files=files, verdict="pass", flow_run_id=None, dirty=False
@@ -363,7 +354,7 @@ def test_a_refused_merge_is_registered_without_an_alias(recorded: Recorded) -> N
     done = promote(registry, "1", at=NOW, actor="ada", override="the demo needs one")
     assert done.after == {"champion": 1}
     assert done.event is not None
-    assert done.event.document["override"] == "the demo needs one"
+    assert done.event.entry.override == "the demo needs one"
 
 
 def test_promote_and_rollback(recorded: Recorded) -> None:
@@ -388,9 +379,9 @@ def test_promote_and_rollback(recorded: Recorded) -> None:
         ("promoted", 2),
         ("rolled_back", 1),
     ]
-    assert events[3].document["actor"] == "grace"
-    assert events[4].document["reason"] == "customers complain"
-    assert events[4].document["previous"] == events[3].digest
+    assert events[3].entry.actor == "grace"
+    assert events[4].entry.reason == "customers complain"
+    assert events[4].entry.previous == events[3].digest
 
 
 def test_rolling_back_twice_goes_two_champions_back(recorded: Recorded) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from modelweld.checkpoints import Checkpoint
 from modelweld.config import Params
 from modelweld.errors import SourceError, SourceUnavailable
+from modelweld.formats import DvcAddress
 from modelweld.sources import changes, fetch, pin, resolve
 from modelweld.sources.remote_headers import read_remote_headers
 from modelweld.sources.schemes import open_source
@@ -136,6 +137,29 @@ def test_a_version_registered_by_pointer_is_its_dvc_address(
     client.set_registered_model_alias("merged", "champion", "1")
     entry = pin(params("models:/merged@champion"), tmp_path).pinned["model-base"]
     assert entry.resolved == f"dvc://{zoo}@{entry.revision}:models/a"
+    fetch(entry, tmp_path / "models/base", tmp_path)
+    assert weights_of(tmp_path / "models/base") == expected(tmp_path, 2)
+
+
+def test_a_version_of_a_project_below_the_top_is_found_by_its_remote_url(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client.create_registered_model("merged")
+    away = DvcAddress(
+        repo="/nowhere/models",
+        rev="merge-run/x/2",
+        path="a",
+        md5="-",
+        manifest_sha256="-",
+        url=f"file://{zoo}",
+        folder="models/",
+    )
+    client.create_model_version("merged", source=(tmp_path / "thin").as_uri(), tags=away.tags())
+    entry = pin(params("models:/merged/1"), tmp_path).pinned["model-base"]
     fetch(entry, tmp_path / "models/base", tmp_path)
     assert weights_of(tmp_path / "models/base") == expected(tmp_path, 2)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from modelweld.config import load_params
 from modelweld.errors import ConfigError, GateRefused
-from modelweld.sources import LOCK_NAME, pin, write_lock
+from modelweld.sources import LOCK_NAME, pin
 from modelweld.stages.validate import validate
 from tests.conftest import Family, pipeline_params
 
@@ -60,7 +60,7 @@ class Project:
     def lock(self) -> None:
         """Pin what stands in models/ and datasets/ now, as a fetch of it would have left it."""
         lock = pin(load_params(self.root / "params.yaml"), self.root, None)
-        write_lock(lock, self.root / LOCK_NAME)
+        lock.write(self.root / LOCK_NAME)
 
     def validate(self) -> dict[str, Any]:
         return validate(self.root / "params.yaml", self.root)

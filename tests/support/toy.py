@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from tests.support.manifests import manifest_of
+
 SHIPPED_GRAPH = Path(__file__).parents[2] / "dvc.yaml"
 
 STAGE = """\
@@ -67,17 +69,23 @@ if kind == "fetch":
     pin = json.load(open("sources.lock.json"))["pinned"][rest[0]]
     write(pin["path"] + "/weights.txt", (pin["revision"] + "\\n") * 1000)
 elif kind == "validate":
-    write("validation/gate.json", {"version": 1, "verdict": "pass", "results": [], "of": digest("models")})
+    of = {"subject": "models", "expectation": "of", "observed": digest("models"), "where": None, "hint": None}
+    results = [{"critical": True, "success": True, **of}]
+    write("validation/gate.json", {"version": 2, "verdict": "pass", "results": results})
 elif kind == "merge":
     # Another machine may round otherwise.
     write("merged/weights.txt", digest("models", "validation") + os.environ.get("TOY_ROUNDING", ""))
-    write("merged/manifest.json", {"of": digest("models")})
+    write("merged/manifest.json", {**MANIFEST, "output": {"model_digest": digest("models"), "files": {}}})
 elif kind == "baselines":
     write("baselines/average/weights.txt", digest("models"))
 elif kind == "evaluate":
-    score = {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}, "normalised": 0.9, "model_digest": digest("merged")}
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    test = {"only_this": 0, "only_expert": 0, "p_value": 1.0}
+    score = {"accuracy": interval, "macro_f1": interval, "normalised": 0.9, "model_digest": digest("merged")}
+    score |= {"normalised_interval": {"low": 0.8, "high": 1.0}, "versus_expert": test}
     systems = {"base": score, "expert": score, "merged": score, "average": score}
-    write(f"scores/{rest[0]}.json", {"version": 1, "task": rest[0], "metric": "accuracy", "systems": systems})
+    of = {"dataset_digest": "d", "rows": 2, "metric": "accuracy", "confidence": 0.95, "bootstrap": 0}
+    write(f"scores/{rest[0]}.json", {"version": 1, "task": rest[0], "systems": systems, **of})
     write(f"predictions/{rest[0]}.parquet", digest("merged", "baselines"))
 """
 
@@ -184,7 +192,7 @@ def _prepared(below: str) -> Path:
     run(project, *dvc, "remote", "add", "--quiet", "--default", "store", REMOTE)
     run(project, *dvc, "config", "cache.type", "reflink,hardlink,symlink,copy")
     (project / "dvc.yaml").write_text(SHIPPED_GRAPH.read_text().replace("modelweld stage", "python toy_stage.py"))
-    (project / "toy_stage.py").write_text(STAGE)
+    (project / "toy_stage.py").write_text(STAGE.replace("MANIFEST", repr(manifest_of().data())))
     (project / ".gitignore").write_text(IGNORED)
     (project / "orders").mkdir()
     (project / "expectations").mkdir()

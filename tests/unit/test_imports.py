@@ -37,8 +37,9 @@ def modules_of(code: str, *arguments: str, where: Path | None = None) -> set[str
     return {name.removeprefix("modelweld.cli.") for name in done.stdout.splitlines()[-1].split()}
 
 
-def test_import_loads_nothing_heavy() -> None:
-    assert loaded_by("import modelweld") == "loaded: []"
+@pytest.mark.parametrize("name", ["modelweld", "modelweld.formats"])
+def test_import_loads_nothing_heavy(name: str) -> None:
+    assert loaded_by(f"import {name}") == "loaded: []"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["stage", "--help"], ["merge", "--help"], ["run", "--help"]])

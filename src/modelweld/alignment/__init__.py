@@ -14,6 +14,6 @@ order, and `batch_statistics` recomputes the running statistics of what it wrote
 
 from modelweld.alignment.aligning import align_inputs
 from modelweld.alignment.batch_statistics import with_recomputed_statistics
-from modelweld.alignment.record import ASSIGNMENTS, DOCUMENT, Aligned
+from modelweld.alignment.record import ASSIGNMENTS, Aligned
 
-__all__ = ["ASSIGNMENTS", "DOCUMENT", "Aligned", "align_inputs", "with_recomputed_statistics"]
+__all__ = ["ASSIGNMENTS", "Aligned", "align_inputs", "with_recomputed_statistics"]

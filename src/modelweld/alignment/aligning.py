@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from modelweld.alignment.models import AlignedModel, base_model, models_of, moves
-from modelweld.alignment.record import Aligned, assignments_of, document_of, identity_alignment, note_of, with_warnings
+from modelweld.alignment.record import Aligned, assignments_of, identity_alignment, note_of, record_of, with_warnings
 from modelweld.alignment.search import search
 from modelweld.alignment.specs import CACHE
 from modelweld.alignment.views import placed_inputs
@@ -45,9 +45,9 @@ def _matched(recipe: Recipe, settings: Align, plan: Plan, inputs: Inputs, root: 
     common, models = models_for(recipe, settings, plan, inputs, root)
     with _scratch(root) as scratch:
         found = search(settings, plan, common, models, inputs, scratch)
-    document = document_of(settings, recipe.method_name, common, models, found)
+    record = record_of(settings, recipe.method_name, common, models, found)
     views = placed_inputs(inputs, models, found.placement.placed)
-    return Aligned(views, document, assignments_of(models, found), (note_of(document),))
+    return Aligned(views, record, assignments_of(models, found), (note_of(record),))
 
 
 def models_for(

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from blake3 import blake3
@@ -25,6 +24,7 @@ from modelweld.config.align import Align
 from modelweld.engine import Execution, Inputs, Plan
 from modelweld.engine.plan.records import HeadPlan
 from modelweld.errors import ConfigError, MergeError
+from modelweld.formats.manifest import Repair
 from modelweld.symmetry.families import STATISTICS
 from modelweld.symmetry.instances import own_names
 from modelweld.symmetry.repair import repair
@@ -50,7 +50,7 @@ def recompute_statistics(model: nn.Module, calibration: Calibration) -> int:
 
 def with_recomputed_statistics(
     recipe: Recipe, plan: Plan, inputs: Inputs, tree: Path, execution: Execution
-) -> tuple[Execution, dict[str, Any] | None]:
+) -> tuple[Execution, Repair | None]:
     """Recompute the batch statistics in `tree`; the execution with their digests and a record, or both unchanged.
 
     The bytes depend on the merge, the rows and the seed, and on no number of threads. Raises MergeError for a layer
@@ -83,8 +83,8 @@ def with_recomputed_statistics(
     finally:
         for shard in shards.values():
             shard.close()
-    rows, digest = calibration.record["rows"], calibration.record["digest"]
-    return replace(execution, finished=finished), {"rows": rows, "digest": digest, "layers": layers}
+    used = calibration.record
+    return replace(execution, finished=finished), Repair(rows=used.rows, digest=used.digest, layers=layers)
 
 
 def _stored_names(model: nn.Module, stored: Iterable[str], head: HeadPlan | None) -> dict[str, str]:

@@ -64,7 +64,7 @@ class AlignmentCost:
     disk_bytes: int
     seconds: float
 
-    def document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """For machines: JSON-able."""
         return asdict(self) | {"seconds": round(self.seconds, 3)}
 

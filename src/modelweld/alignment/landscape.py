@@ -85,7 +85,7 @@ def stored_landscape(root: Path) -> dict[str, Any] | None:
 
 
 def _identity(merged: Path) -> str:
-    return manifest.digest(manifest.read(merged))
+    return manifest.read(merged).digest
 
 
 class _TaskScore:

@@ -7,7 +7,6 @@ heads are in that expert's own order.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modelweld.alignment.models import BASE, models_of
-from modelweld.alignment.record import ASSIGNMENTS, DOCUMENT
+from modelweld.alignment.record import ASSIGNMENTS
 from modelweld.checkpoints import Checkpoint
 from modelweld.config.align import Align
 from modelweld.engine import Inputs
 from modelweld.engine.plan.inputs import Expert
 from modelweld.errors import ConfigError, InputError
+from modelweld.formats.alignment import FILE, AlignmentRecord
 from modelweld.symmetry import Permutations, Spec
 from modelweld.symmetry.families import STATISTICS
 
@@ -41,19 +41,16 @@ class Order:
     @classmethod
     def of(cls, settings: Align, inputs: Inputs, merged: Path, root: Path) -> Order:
         """What alignment.json of a merged directory says; ConfigError for zip, whose units are no expert's."""
-        file = merged / DOCUMENT
-        document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mode": "none", "groups": {}}
-        if document["mode"] == "zip":
+        record = AlignmentRecord.read_if_present(merged / FILE)
+        if record is not None and record.mode == "zip":
             raise ConfigError(
                 "no permutation leads from an expert to a zipped merge", where="align.mode", hint="use mode: align"
             )
-        if not document["groups"]:
+        if record is None or not record.groups:
             return cls((NOTHING, NOTHING), ({}, {}))
         one, other = models_of(settings, inputs, root)[1][:2]
         stored = load_file(merged / ASSIGNMENTS)
-        found = [
-            {group: stored[f"{model.label}/{group}"].long() for group in document["groups"]} for model in (one, other)
-        ]
+        found = [{group: stored[f"{model.label}/{group}"].long() for group in record.groups} for model in (one, other)]
         return cls((one.spec, other.spec), (found[0], found[1]))
 
     def common(self, expert: int, name: str, tensor: Tensor) -> Tensor:

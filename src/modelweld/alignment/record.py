@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from blake3 import blake3
@@ -17,30 +16,17 @@ from modelweld.alignment.models import AlignedModel
 from modelweld.alignment.scoring import STAND_IN
 from modelweld.alignment.search import Found
 from modelweld.checkpoints.folding import Folded
-from modelweld.checkpoints.shards import write_tensors
+from modelweld.checkpoints.shards import disk_errors, write_tensors
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan
+from modelweld.formats.alignment import FILE, AlignmentRecord, UnitGroup
+from modelweld.formats.manifest import AlignmentSummary
 from modelweld.symmetry import Spec
 from modelweld.symmetry.families import STATISTICS
 
-DOCUMENT = "alignment.json"
 ASSIGNMENTS = "alignment.safetensors"
 ALIGNED_ALREADY = 0.999
 _DIGITS = 6
-_IN_MANIFEST = (
-    "mode",
-    "alpha",
-    "alpha_curve",
-    "alpha_scored_by",
-    "objective",
-    "identity_share",
-    "aligned_already",
-    "order_of",
-    "folded",
-    "calibration",
-    "proof_error",
-    "preservation_error",
-)
 
 
 @dataclass(frozen=True)
@@ -48,89 +34,76 @@ class Aligned:
     """Inputs with all units in one order, and the record of how they were matched."""
 
     inputs: Inputs
-    document: Mapping[str, Any]
+    record: AlignmentRecord
     assignments: Mapping[str, Tensor]
     notes: tuple[str, ...]
 
     def digest(self) -> str:
-        """BLAKE3 over the document and all assignments."""
-        hasher = blake3(json.dumps(self.document, sort_keys=True).encode())
+        """BLAKE3 over the record and all assignments."""
+        hasher = blake3(json.dumps(self.record.data(), sort_keys=True).encode())
         for name, assignment in sorted(self.assignments.items()):
             hasher.update(f"{name}\0".encode() + assignment.numpy().tobytes())
         return str(hasher.hexdigest())
 
-    def manifest_entry(self) -> dict[str, Any]:
-        """The manifest's `alignment`: the document without its details, and the digest of the whole."""
-        return {key: self.document[key] for key in _IN_MANIFEST} | {"digest": self.digest()}
+    def summary(self) -> AlignmentSummary:
+        """The manifest's `alignment`: the record without its details, and the digest of the whole."""
+        fields = {key: getattr(self.record, key) for key in AlignmentSummary.model_fields if key != "digest"}
+        return AlignmentSummary(**fields, digest=self.digest())
 
     def write(self, tree: Path) -> None:
         """Put alignment.json and alignment.safetensors into a merged directory."""
-        text = json.dumps(self.document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        (tree / DOCUMENT).write_text(text + "\n", encoding="utf-8")
+        with disk_errors(tree / FILE):
+            self.record.write(tree / FILE)
         write_tensors(tree / ASSIGNMENTS, dict(self.assignments), {})
 
 
-def document_of(
+def record_of(
     settings: Align, method_name: str, common: Spec, models: Sequence[AlignedModel], found: Found
-) -> dict[str, Any]:
+) -> AlignmentRecord:
     """alignment.json: settings, results and errors of the alignment, without clocks."""
     placement, curve = found.placement, found.curve
     shares, share = placement.identity_shares(), placement.identity_share()
     groups = {
-        name: {
-            "size": group.size,
-            "within": list(group.within),
-            "matched": round(placement.matched[name], _DIGITS) if name in placement.matched else None,
-            "identity_share": round(shares[name], _DIGITS),
-        }
+        name: UnitGroup(
+            size=group.size,
+            within=tuple(group.within),
+            matched=round(placement.matched[name], _DIGITS) if name in placement.matched else None,
+            identity_share=round(shares[name], _DIGITS),
+        )
         for name, group in common.groups.items()
     }
-    return {
-        "version": 1,
-        "mode": settings.mode,
-        "alpha": found.alpha,
-        "alpha_curve": None if curve is None else {f"{key:g}": round(score, _DIGITS) for key, score in curve.items()},
-        "alpha_scored_by": None if curve is None else STAND_IN.method if found.stood_in else method_name,
-        "models": [model.label for model in models],
-        "order_of": models[0].label,
-        "folded": [model.label for model in models if isinstance(model.checkpoint, Folded)],
-        "objective": round(placement.objective, _DIGITS),
-        "trace": [round(value, _DIGITS) for value in placement.trace],
-        "identity_share": round(share, _DIGITS),
-        "aligned_already": share >= ALIGNED_ALREADY,
-        "groups": groups,
-        "symmetry_digest": blake3(common.to_json().encode()).hexdigest(),
-        "proof_error": {label: float(f"{error:.0e}") for label, error in found.invariance_errors.items()},
-        "preservation_error": {label: float(f"{error:.0e}") for label, error in found.preserved.items()},
-        "calibration": found.calibration,
-        "similarity": list(found.similarity),
-    }
+    return AlignmentRecord(
+        mode=settings.mode,
+        alpha=found.alpha,
+        alpha_curve=None if curve is None else {f"{key:g}": round(score, _DIGITS) for key, score in curve.items()},
+        alpha_scored_by=None if curve is None else STAND_IN.method if found.stood_in else method_name,
+        models=tuple(model.label for model in models),
+        order_of=models[0].label,
+        folded=tuple(model.label for model in models if isinstance(model.checkpoint, Folded)),
+        objective=round(placement.objective, _DIGITS),
+        trace=tuple(round(value, _DIGITS) for value in placement.trace),
+        identity_share=round(share, _DIGITS),
+        aligned_already=share >= ALIGNED_ALREADY,
+        groups=groups,
+        symmetry_digest=blake3(common.to_json().encode()).hexdigest(),
+        proof_error={label: float(f"{error:.0e}") for label, error in found.invariance_errors.items()},
+        preservation_error={label: float(f"{error:.0e}") for label, error in found.preserved.items()},
+        calibration=found.calibration,
+        similarity=tuple(found.similarity),
+    )
 
 
 def identity_alignment(settings: Align, inputs: Inputs, why: str) -> Aligned:
     """The inputs unchanged, with the record of an alignment that permutes nothing."""
-    labels = [expert.label for expert in inputs.experts]
-    document: dict[str, Any] = {
-        "version": 1,
-        "mode": settings.mode,
-        "alpha": None,
-        "alpha_curve": None,
-        "alpha_scored_by": None,
-        "models": labels,
-        "order_of": labels[0],
-        "folded": [],
-        "objective": None,
-        "trace": [],
-        "identity_share": 1.0,
-        "aligned_already": settings.mode != "none",
-        "groups": {},
-        "symmetry_digest": None,
-        "proof_error": {},
-        "preservation_error": {},
-        "calibration": None,
-        "similarity": [],
-    }
-    return Aligned(inputs, document, {}, (why,))
+    labels = tuple(expert.label for expert in inputs.experts)
+    record = AlignmentRecord(
+        mode=settings.mode,
+        models=labels,
+        order_of=labels[0],
+        identity_share=1.0,
+        aligned_already=settings.mode != "none",
+    )
+    return Aligned(inputs, record, {}, (why,))
 
 
 def assignments_of(models: Sequence[AlignedModel], found: Found) -> dict[str, Tensor]:
@@ -142,11 +115,11 @@ def assignments_of(models: Sequence[AlignedModel], found: Found) -> dict[str, Te
     }
 
 
-def note_of(document: Mapping[str, Any]) -> str:
+def note_of(record: AlignmentRecord) -> str:
     """One line for people about the alignment."""
-    if document["aligned_already"]:
+    if record.aligned_already:
         return "the models are aligned already (units stay where they are): alignment changes nothing"
-    return f"{document['identity_share']:.1%} of the units stay where they are in the order of {document['order_of']}"
+    return f"{record.identity_share:.1%} of the units stay where they are in the order of {record.order_of}"
 
 
 def with_warnings(found: Aligned, settings: Align, plan: Plan) -> Aligned:

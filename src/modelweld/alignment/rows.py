@@ -20,6 +20,7 @@ from modelweld.errors import ConfigError, MergeError
 from modelweld.evaluation.dataset_spec import DatasetSpec
 from modelweld.evaluation.kinds import kind_of
 from modelweld.evaluation.settings import Settings, choose_device
+from modelweld.formats.alignment import CalibrationRows
 from modelweld.kinds import KINDS
 
 LEAST_ROWS = 16
@@ -31,7 +32,7 @@ class Calibration:
     """Batches of calibration rows as keyword calls, and what the record says of the rows."""
 
     batches: list[dict[str, Tensor]]
-    record: dict[str, Any]
+    record: CalibrationRows
 
 
 def calibration_of(settings: Align, inputs: Inputs) -> Calibration:
@@ -68,7 +69,7 @@ def calibration_of(settings: Align, inputs: Inputs) -> Calibration:
         for name, values in by_kind.items()
         for batch in kind_of(name).calibration_batches(values, folders, settings.max_length, settings.seed)
     ]
-    return Calibration(batches, {"rows": count, "sets": sorted(named), "digest": hasher.hexdigest()})
+    return Calibration(batches, CalibrationRows(rows=count, sets=tuple(sorted(named)), digest=hasher.hexdigest()))
 
 
 def call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from modelweld.alignment.unit_similarity import unit_similarity
 from modelweld.config.align import Align
 from modelweld.engine import Inputs, Plan
 from modelweld.errors import ConfigError, MergeError
+from modelweld.formats.alignment import CalibrationRows, ShownSimilarity
 from modelweld.symmetry import Alignment, Spec, Zipped, align, zip_models
 from modelweld.symmetry.instances import example_inputs
 from modelweld.symmetry.invariance import TOLERANCE, output_error
@@ -36,10 +37,10 @@ class Found:
     alpha: float
     curve: Mapping[float, float] | None
     stood_in: bool
-    calibration: Mapping[str, Any] | None
+    calibration: CalibrationRows | None
     invariance_errors: Mapping[str, float]
     preserved: Mapping[str, float]
-    similarity: Sequence[Mapping[str, Any]]
+    similarity: Sequence[ShownSimilarity]
 
 
 def search(

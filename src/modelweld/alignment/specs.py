@@ -31,7 +31,7 @@ class Symmetry:
     architecture: str
     spec: Spec
 
-    def document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """For machines: groups with the tensors they lie on, and what is frozen and why."""
         return {
             "architecture": self.architecture,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from modelweld.alignment.models import AlignedModel
+from modelweld.formats.alignment import ShownSimilarity
 from modelweld.symmetry import Alignment, Spec
 from modelweld.symmetry.families import Family, families
 from modelweld.symmetry.similarity import weight_similarity
@@ -21,7 +21,7 @@ _DIGITS = 3
 
 def unit_similarity(
     common: Spec, models: Sequence[AlignedModel], activations: Mapping[str, Tensor], alpha: float, found: Alignment
-) -> list[dict[str, Any]]:
+) -> list[ShownSimilarity]:
     """A few groups' similarity of the first model's units to the second's, in its own order and in the common one.
 
     The groups are from the beginning, the middle and the end of the model; of a wide group some units are shown.
@@ -40,7 +40,7 @@ def _shown(
     activations: Mapping[str, Tensor],
     alpha: float,
     found: Alignment,
-) -> dict[str, Any]:
+) -> ShownSimilarity:
     group = family.outer
     weights = weight_similarity(family, group, states, found.placed, whole=False) if alpha > 0.0 else None
     active = activations.get(group)
@@ -53,15 +53,18 @@ def _shown(
             between += share * similarity[:units, start : start + units].double().numpy()  # (units, units)
     moved = found.permutations[1][group].numpy()
     rows = np.unique(np.linspace(0, units - 1, min(SHOWN_UNITS, units)).round().astype(int))
-    return {
-        "group": group,
-        "models": [model.label for model in models[:2]],
-        "units": rows.tolist(),
-        # (rows, rows) of (units, units)
-        "before": between[np.ix_(rows, rows)].round(_DIGITS).tolist(),
-        "after": between[np.ix_(rows, moved[rows])].round(_DIGITS).tolist(),
-        "matched": {
-            "before": round(float(np.diag(between).mean()), _DIGITS),
-            "after": round(float(between[np.arange(units), moved].mean()), _DIGITS),
-        },
-    }
+    # From plain JSON values, as the record holds them.
+    return ShownSimilarity.model_validate(
+        {
+            "group": group,
+            "models": [model.label for model in models[:2]],
+            "units": rows.tolist(),
+            # (rows, rows) of (units, units)
+            "before": between[np.ix_(rows, rows)].round(_DIGITS).tolist(),
+            "after": between[np.ix_(rows, moved[rows])].round(_DIGITS).tolist(),
+            "matched": {
+                "before": round(float(np.diag(between).mean()), _DIGITS),
+                "after": round(float(between[np.arange(units), moved].mean()), _DIGITS),
+            },
+        }
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from modelweld.checkpoints.checkpoint import Checkpoint
 from modelweld.checkpoints.header import LENGTH_BYTES
 from modelweld.errors import CheckpointError
+from modelweld.formats.manifest import OutputFile
 
 BLOCK = 1 << 20
 _FILE_BLOCK = 1 << 23  # large enough for BLAKE3 to share between threads
@@ -55,10 +55,10 @@ def shard_digest(header: bytes, tensors: Iterable[str]) -> str:
     return hasher.hexdigest()
 
 
-def holds(file: Path, entry: Mapping[str, Any]) -> bool:
+def holds(file: Path, entry: OutputFile) -> bool:
     """Whether a file has the bytes of its entry in a manifest: `tensors_blake3` of a shard, `blake3` of others."""
-    if "tensors_blake3" not in entry:
-        return file_blake3(file) == str(entry["blake3"])
+    if entry.tensors_blake3 is None:
+        return file_blake3(file) == entry.blake3
     try:
         with Checkpoint.open(file) as shard, file.open("rb") as stream:
             prefix = stream.read(LENGTH_BYTES)
@@ -66,7 +66,7 @@ def holds(file: Path, entry: Mapping[str, Any]) -> bool:
             found = shard_digest(header, (tensor_digest(shard, name) for name in shard.tensors))
     except CheckpointError:
         return False
-    return found == str(entry["tensors_blake3"])
+    return found == entry.tensors_blake3
 
 
 def content_digest(path: Path | str) -> str:

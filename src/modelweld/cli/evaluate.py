@@ -57,13 +57,13 @@ def evaluate(
         _none_of(named, "--joint takes all heads, their datasets and experts from params.yaml")
         from modelweld.evaluation.joint_label_space import evaluate_joint
 
-        both = evaluate_joint(model, params, split, columns, metric).to_dict()
-        emit(both, joint_table(both))
+        both = evaluate_joint(model, params, split, columns, metric)
+        emit(both.data(), joint_table(both.scores, both.within))
         return
     changes = {"dataset": dataset, "split": split, "kind": kind, "max_length": max_length}
     spec, settings = resolve_request(task, params, changes, columns, metric)
-    document = evaluate_model(model, spec, settings, task=task, expert=expert, root=Path(), base=base).to_dict()
-    emit(document, task_table(document))
+    scores = evaluate_model(model, spec, settings, task=task, expert=expert, root=Path(), base=base)
+    emit(scores.data(), task_table(scores))
 
 
 def _columns(pairs: list[str], options: dict[str, str | None]) -> dict[str, str]:

@@ -54,12 +54,12 @@ def merge(
         axes = dict(_axis(axis) for axis in grid)
         with _watched() as progress:
             reports = merge_grid(load_recipe(recipe), axes, out, device, progress=progress, **how)
-        documents = {key: report.document() for key, report in reports.items()}
+        documents = {key: report.data() for key, report in reports.items()}
         emit(documents, "\n".join(_summary(report) for report in reports.values()))
         return
     with _watched() as progress:
         report = weld(load_recipe(recipe), out, device, progress=progress, **how)
-    emit(report.document(), _summary(report))
+    emit(report.data(), _summary(report))
 
 
 @app.command()
@@ -79,7 +79,7 @@ def plan(
 
     limit = int(memory_limit * 1e9) if memory_limit else None
     estimate = estimate_plan(recipe, out, device, threads=threads, memory_limit=limit)
-    emit(estimate.document(), None if options.json else _plan_tables(estimate))
+    emit(estimate.data(), None if options.json else _plan_tables(estimate))
     estimate.require_fit()
 
 

@@ -11,6 +11,7 @@ import typer
 
 from modelweld.cli.app import app, emit, stdout
 
+DocumentName = Literal["lock", "gate", "scores", "manifest", "alignment", "record", "ledger-event", "address"]
 Folder = Annotated[Path, typer.Argument(help="The project's folder.")]
 
 
@@ -45,8 +46,17 @@ def doctor(root: Folder = Path()) -> None:
 @app.command()
 def schema(
     kind: Annotated[Literal["params", "recipe"], typer.Argument(help="Which file's schema.")] = "params",
+    document: Annotated[
+        DocumentName | None, typer.Option(help="Instead: the schema of a document that modelweld writes.")
+    ] = None,
 ) -> None:
-    """Print the JSON Schema of params.yaml or of a recipe file, for editors and checks."""
-    from modelweld.config import json_schema
+    """Print the JSON Schema of params.yaml, of a recipe file or of a document, for editors and checks."""
+    if document is None:
+        from modelweld.config import json_schema
 
-    stdout.print_json(json.dumps(json_schema(kind)))
+        found = json_schema(kind)
+    else:
+        from modelweld.formats import json_schema as document_schema
+
+        found = document_schema(document)
+    stdout.print_json(json.dumps(found))

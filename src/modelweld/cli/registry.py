@@ -46,7 +46,7 @@ def register(
     done = outcome.registered
     made = "registered as" if done.created else "was registered already as"
     emit(
-        outcome.as_document(),
+        outcome.data(),
         f"{done.record} {made} {done.uri}\ngate: {outcome.decision.verdict}\n{outcome.decision.explain()}\n"
         f"{_standing(outcome.aliases)}",
     )
@@ -123,7 +123,7 @@ def _report(registry: Registry, done: Transition, said: str, push: str | None) -
     if push and done.event is not None:
         registry.ledger.push(push)
     unchanged = " already: nothing was moved" if done.event is None else ""
-    emit(done.as_document(), f"{said}{unchanged}\n{_standing(done.after)}")
+    emit(done.data(), f"{said}{unchanged}\n{_standing(done.after)}")
 
 
 def _standing(aliases: Mapping[str, int]) -> str:

@@ -25,15 +25,15 @@ def pin(
 ) -> None:
     """Resolve every source of params.yaml to something immutable and write sources.lock.json."""
     from modelweld.config import load_params
-    from modelweld.sources import LOCK_NAME, changes, read_lock, resolve, write_lock
+    from modelweld.sources import LOCK_NAME, Lock, changes, resolve
     from modelweld.stages.fetch import project_root
 
-    previous = read_lock(Path(LOCK_NAME))
+    previous = Lock.read_if_present(Path(LOCK_NAME))
     current = resolve(load_params(params), project_root(Path()), previous)
     report = changes(previous, current)
     differs = any(change.what != "same" for change in report)
     if not check:
-        write_lock(current, Path(LOCK_NAME))
+        current.write(Path(LOCK_NAME))
     emit(
         {"changed": differs, "written": differs and not check, "sources": [asdict(change) for change in report]},
         _table(report, current),

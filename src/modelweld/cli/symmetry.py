@@ -28,7 +28,7 @@ def symmetry(
     found = symmetry_of(model, Path())
     if spec is not None:
         spec.write_text(found.spec.to_json() + "\n", encoding="utf-8")
-    emit(found.document(), None if options.json else _lines(found))
+    emit(found.data(), None if options.json else _lines(found))
 
 
 def _lines(found: Symmetry) -> str:

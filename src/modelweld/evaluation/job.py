@@ -14,10 +14,9 @@ from modelweld.evaluation.cache import PredictionCache, Predictions
 from modelweld.evaluation.kinds.base import Rows, TaskKind
 from modelweld.evaluation.labels import Classes, LabelSpace
 from modelweld.evaluation.progress import evaluation_progress
-from modelweld.evaluation.scores import EXPERT, TaskScores, reading_order
 from modelweld.evaluation.settings import Settings
 from modelweld.evaluation.systems import System, model_digest, open_system, prediction_key
-from modelweld.hardware import PrecisionChoice
+from modelweld.formats.scores import EXPERT, PrecisionChoice, TaskScores, reading_order
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class EvaluationJob:
             metric=self.evaluate.metric,
             confidence=self.evaluate.confidence,
             bootstrap=self.evaluate.bootstrap,
-            precision=PrecisionChoice(self.evaluate.precision, self.settings.precision),
+            precision=PrecisionChoice(requested=self.evaluate.precision, used=self.settings.precision),
             systems={name: scored[name] for name in reading_order(scored)},
         )
         return EvaluationResult(truth, predictions, scores)

@@ -22,10 +22,9 @@ from modelweld.evaluation.kinds.base import Rows
 from modelweld.evaluation.labels import LabelSpace
 from modelweld.evaluation.metrics import Resampling, accuracy, score_systems
 from modelweld.evaluation.progress import evaluation_progress
-from modelweld.evaluation.scores import MODEL, TaskScores
 from modelweld.evaluation.settings import Settings, settings_of
 from modelweld.evaluation.systems import System, classes_of, model_digest, open_system
-from modelweld.hardware import PrecisionChoice
+from modelweld.formats.scores import MODEL, PrecisionChoice, TaskScores
 
 ENSEMBLE = "ensemble"
 KIND = "image-classification"
@@ -39,10 +38,10 @@ class JointScores:
     within: Mapping[str, Mapping[str, float]]
     classes: Mapping[str, Sequence[str]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """One JSON document: that of the scores, with the keys `within` and `classes`."""
         own = {"within": {name: dict(found) for name, found in self.within.items()}}
-        return self.scores.to_dict() | own | {"classes": {task: list(names) for task, names in self.classes.items()}}
+        return self.scores.data() | own | {"classes": {task: list(names) for task, names in self.classes.items()}}
 
 
 def evaluate_joint(
@@ -150,8 +149,8 @@ def _scored(
         metric=evaluate.metric,
         confidence=evaluate.confidence,
         bootstrap=evaluate.bootstrap,
+        precision=PrecisionChoice(requested=evaluate.precision, used=settings.precision),
         systems=scored,
-        precision=PrecisionChoice(evaluate.precision, settings.precision),
     )
     return JointScores(scores, within, {task: space.names for task, space in rows.spaces.items()})
 

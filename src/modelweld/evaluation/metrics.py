@@ -12,8 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from modelweld.errors import InputError
 from modelweld.evaluation.labels import Classes
-from modelweld.evaluation.scores import EXPERT, Interval, Metric, SystemScores
 from modelweld.evaluation.significance import mcnemar
+from modelweld.formats.scores import EXPERT, Bounds, Interval, Metric, SystemScores
 
 DIGITS = 6  # beyond what any set resolves, within what every numpy agrees on
 _CELLS = 4_000_000  # resampled rows at a time: 32 MB of counts
@@ -70,10 +70,12 @@ def score_systems(
         ratios = np.divide(
             draws[name][metric], reference_draws, out=np.full_like(reference_draws, np.nan), where=reference_draws > 0
         )
+        normalised = _interval(values[name][metric] / values[reference][metric], ratios, resampling.confidence)
         scored[name] = SystemScores(
             accuracy=_interval(values[name]["accuracy"], draws[name]["accuracy"], resampling.confidence),
             macro_f1=_interval(values[name]["macro_f1"], draws[name]["macro_f1"], resampling.confidence),
-            normalised=_interval(values[name][metric] / values[reference][metric], ratios, resampling.confidence),
+            normalised=normalised.value,
+            normalised_interval=Bounds(low=normalised.low, high=normalised.high),
             versus_expert=mcnemar(classes == truth, predicted[reference] == truth),
             model_digest=digests[name],
         )
@@ -126,7 +128,7 @@ def _one_hot(classes: Classes, size: int) -> csr_array:
 def _interval(value: float, draws: Floats, confidence: float) -> Interval:
     draws = draws[~np.isnan(draws)]
     if not len(draws):
-        return Interval(round(value, DIGITS))
+        return Interval(value=round(value, DIGITS))
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(round(value, DIGITS), round(float(low), DIGITS), round(float(high), DIGITS))
+    return Interval(value=round(value, DIGITS), low=round(float(low), DIGITS), high=round(float(high), DIGITS))

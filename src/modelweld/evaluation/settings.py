@@ -30,7 +30,7 @@ class Settings:
         kind, half = self.device.partition(":")[0], self.precision != "float32"
         return torch.autocast(kind, getattr(torch, self.precision) if half else None, enabled=half)
 
-    def document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """What a prediction depends on besides model, tokenizer and rows."""
         return {
             "max_length": self.max_length,

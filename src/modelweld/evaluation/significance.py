@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from modelweld.evaluation.scores import PairedTest
+from modelweld.formats.scores import PairedTest
 
 
 def mcnemar(this_right: NDArray[np.bool_], expert_right: NDArray[np.bool_]) -> PairedTest:
@@ -19,4 +19,4 @@ def mcnemar(this_right: NDArray[np.bool_], expert_right: NDArray[np.bool_]) -> P
     discordant = only_this + only_expert
     p_value = float(binomtest(only_this, discordant, 0.5).pvalue) if discordant else 1.0
     # Six significant digits: the rest is scipy's business, and would only make equal scores look different.
-    return PairedTest(only_this, only_expert, float(f"{p_value:.6g}"))
+    return PairedTest(only_this=only_this, only_expert=only_expert, p_value=float(f"{p_value:.6g}"))

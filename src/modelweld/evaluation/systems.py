@@ -54,7 +54,7 @@ def prediction_key(system: System, model: str, inputs: str, dataset: str, space:
             "tokenizer": inputs,
             "dataset": dataset,
             "classes": list(space.names),
-            "settings": settings.document(),
+            "settings": settings.data(),
         }
     )
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from modelweld.errors import InputError, ModelweldError
+from modelweld.formats.address import DvcAddress
 from modelweld.registry import aliases
-from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import guarded
 from modelweld.registry.gate import normalised
 from modelweld.registry.materialise import materialise
@@ -85,7 +85,7 @@ def _history(registry: Registry, number: int) -> list[dict[str, Any]]:
         events = registry.ledger.events()
     except ModelweldError:
         return []  # the check says what is wrong with it
-    return [{**event.document, "digest": event.digest} for event in events if event.version == number]
+    return [event.data() for event in events if event.version == number]
 
 
 def _checks(
@@ -148,7 +148,7 @@ def _served_address(registry: Registry, version: ModelVersion) -> DvcAddress:
     with tempfile.TemporaryDirectory(prefix="modelweld-") as folder:
         path = download_artifacts(f"{place}/MLmodel", dst_path=folder, tracking_uri=registry.uri)
         flavors = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["flavors"]
-    return DvcAddress.from_mapping(flavors["python_function"]["config"]["dvc"], "MLmodel")
+    return DvcAddress.from_data(flavors["python_function"]["config"]["dvc"], "MLmodel")
 
 
 def _same(found: Any, registered: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,13 @@ import yaml
 
 from modelweld.config import Register, Task
 from modelweld.errors import WorkspaceError
+from modelweld.formats.address import DvcAddress
+from modelweld.formats.lock import LOCK_NAME, Lock
+from modelweld.formats.manifest import Manifest
+from modelweld.formats.scores import TaskScores
 from modelweld.kinds import DEFAULT
-from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import connect, guarded, tracking_uri
-from modelweld.registry.gate import Decision, Scoreboard
+from modelweld.registry.gate import Decision
 from modelweld.registry.prediction import ServedTask
 from modelweld.registry.promotion import nominate, open_registry
 from modelweld.registry.registration import Parent, RegisteredVersion, Registration, find_version, register
@@ -39,7 +41,7 @@ class Outcome:
     decision: Decision
     aliases: dict[str, int]
 
-    def as_document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """The outcome for JSON."""
         return {
             "name": self.registered.name,
@@ -49,7 +51,7 @@ class Outcome:
             "record": self.registered.record,
             "created": self.registered.created,
             "aliases": self.aliases,
-            "gate": self.decision.as_document(),
+            "gate": self.decision.data(),
         }
 
 
@@ -89,7 +91,7 @@ def registration_from_record(project_root: Path, tag: str, *, plots: tuple[Path,
     documents = {path: record.read(path).decode() for path in (*TEXTS, *record.files("scores")) if _has(record, path)}
     manifest = _manifest(project, record)
     documents["manifest.json"] = manifest.decode()
-    sources = record.read("sources.lock.json")
+    sources = record.read(LOCK_NAME)
     return Registration(
         name=record.name,
         record=record.tag,
@@ -105,9 +107,9 @@ def registration_from_record(project_root: Path, tag: str, *, plots: tuple[Path,
             url=_public_url(project.root),
             folder=try_git(project.root, "rev-parse", "--show-prefix") or None,
         ),
-        manifest=json.loads(manifest),
-        scoreboard=_scoreboard(record, params),
-        parents=_parents(json.loads(sources), params),
+        manifest=Manifest.from_json(manifest, f"{record.tag}: {OUT}/manifest.json"),
+        scores=_scores(record, params),
+        parents=_parents(Lock.from_json(sources, f"{record.tag}: {LOCK_NAME}"), params),
         params=params,
         tasks={
             task: ServedTask(spec.get("max_length", DEFAULT_MAX_LENGTH), spec.get("kind", DEFAULT))
@@ -147,7 +149,7 @@ def _locked_md5(lock: str, record: Record) -> str:
     )
 
 
-def _scoreboard(record: Record, params: Mapping[str, Any]) -> Scoreboard:
+def _scores(record: Record, params: Mapping[str, Any]) -> dict[str, TaskScores]:
     written, tasks = record.files("scores"), sorted(params.get("tasks", {}))
     missing = [task for task in tasks if f"scores/{task}.json" not in written]
     if missing:
@@ -156,7 +158,8 @@ def _scoreboard(record: Record, params: Mapping[str, Any]) -> Scoreboard:
             where=record.tag,
             hint="run the evaluate stages, and record again",
         )
-    return {task: json.loads(record.read(f"scores/{task}.json")) for task in tasks}
+    paths = {task: f"scores/{task}.json" for task in tasks}
+    return {task: TaskScores.from_json(record.read(path), f"{record.tag}: {path}") for task, path in paths.items()}
 
 
 def _public_url(root: Path) -> str | None:
@@ -170,19 +173,19 @@ def _public_url(root: Path) -> str | None:
     return url
 
 
-def _parents(lock: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[Parent, ...]:
+def _parents(lock: Lock, params: Mapping[str, Any]) -> tuple[Parent, ...]:
     """The base and the experts that the recipe merges; a pinned model that it leaves out is no parent."""
     merged = params.get("merge", {}).get("models")
     return tuple(
         Parent(
-            name=entry["name"],
-            source=entry.get("resolved") or entry["uri"],
-            revision=entry.get("revision"),
-            licence=entry.get("licence"),
-            files={path: file["sha256"] for path, file in entry["files"].items()},
+            name=name,
+            source=entry.resolved,
+            revision=entry.revision,
+            licence=entry.licence,
+            files={path: file.sha256 for path, file in entry.files.items()},
         )
-        for _, entry in sorted(lock.get("pinned", {}).items())
-        if entry["kind"] == "model" and (entry["name"] == "base" or merged is None or entry["name"] in merged)
+        for name, entry in sorted(lock.entries("model").items())
+        if name == "base" or merged is None or name in merged
     )
 
 

@@ -5,14 +5,13 @@ and carries the SHA-256 of the line before it; a commit adds one line. So it tra
 append loses git's compare-and-swap instead of overwriting, and a changed line breaks every hash after it.
 
     ledger = Ledger(project_root, "demo")
-    ledger.append({"event": "promoted", …}, at=datetime.now(UTC), actor="ada")
+    ledger.append({"event": "promoted", "model_version": 3, …}, at=datetime.now(UTC), actor="ada")
     git show modelweld/ledger/demo:events.jsonl
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modelweld.errors import WorkspaceError
+from modelweld.formats.ledger_event import EventKind, LedgerEvent
 from modelweld.workspace.git import git, line, try_git
 
 FILE = "events.jsonl"
@@ -28,26 +28,29 @@ COMMITTER = {"name": "modelweld", "email": "modelweld@localhost"}
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the ledger: `document` as written, `digest` of the line, which the next one carries."""
+    """One line of the ledger: what it says, and the SHA-256 of its bytes, which the next one carries."""
 
-    document: Mapping[str, Any]
+    entry: LedgerEvent
     digest: str
 
     @property
-    def kind(self) -> str:
-        """challenger, refused, promoted, rolled_back or observed."""
-        return str(self.document["event"])
+    def kind(self) -> EventKind:
+        """What happened."""
+        return self.entry.event
 
     @property
     def version(self) -> int | None:
         """The model version it is about."""
-        number = self.document.get("model_version")
-        return None if number is None else int(number)
+        return self.entry.model_version
 
     @property
     def aliases(self) -> dict[str, int]:
         """Where every alias stood after it."""
-        return {alias: int(number) for alias, number in self.document["aliases"].items()}
+        return self.entry.aliases
+
+    def data(self) -> dict[str, Any]:
+        """The event for JSON, with its digest."""
+        return {**self.entry.data(), "digest": self.digest}
 
 
 class Ledger:
@@ -75,28 +78,33 @@ class Ledger:
         tip = self._tip()
         before = git(self.root, "show", f"{tip}:{FILE}") if tip else b""
         history = _parse(before, self.branch)
-        document = {
-            **event,
-            "schema": "modelweld.ledger/1",
-            "model": self.model,
-            "sequence": len(history) + 1,
-            "previous": history[-1].digest if history else None,
-            "at": at.astimezone(UTC).isoformat(timespec="seconds"),
-            "actor": actor,
-        }
-        text = json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-        blob = git(self.root, "hash-object", "-w", "--stdin", stdin=before + text + b"\n").decode().strip()
-        tree = git(self.root, "mktree", stdin=f"100644 blob {blob}\t{FILE}\n".encode()).decode().strip()
-        subject = (
-            f"{document['event']}: {self.model} version {document.get('model_version')}, by {' '.join(actor.split())}\n"
+        entry = LedgerEvent.model_validate(
+            {
+                **event,
+                "model": self.model,
+                "sequence": len(history) + 1,
+                "previous": history[-1].digest if history else None,
+                "at": at.astimezone(UTC).isoformat(timespec="seconds"),
+                "actor": actor,
+            }
         )
+        text = entry.to_json().encode()
+        blob = git(self.root, "hash-object", "-w", "--stdin", stdin=before + text).decode().strip()
+        tree = git(self.root, "mktree", stdin=f"100644 blob {blob}\t{FILE}\n".encode()).decode().strip()
         identity = {
             f"GIT_{role}_{key.upper()}": value for role in ("AUTHOR", "COMMITTER") for key, value in COMMITTER.items()
         }
         dates = {f"GIT_{role}_DATE": f"{int(at.timestamp())} +0000" for role in ("AUTHOR", "COMMITTER")}
         parent = ("-p", tip) if tip else ()
         commit = (
-            git(self.root, "commit-tree", tree, *parent, stdin=subject.encode(), environment=identity | dates)
+            git(
+                self.root,
+                "commit-tree",
+                tree,
+                *parent,
+                stdin=f"{entry.subject}\n".encode(),
+                environment=identity | dates,
+            )
             .decode()
             .strip()
         )
@@ -107,7 +115,7 @@ class Ledger:
             git(self.root, "update-ref", "--create-reflog", self.ref, commit, standing or "0" * len(commit))
         except WorkspaceError as error:
             raise self._raced() from error
-        return Event(document, hashlib.sha256(text).hexdigest())
+        return Event(entry, _digest(text))
 
     def push(self, remote: str) -> None:
         """Send the branch, never forced: a remote that holds events unknown here refuses."""
@@ -149,14 +157,18 @@ def _parse(text: bytes, where: str) -> list[Event]:
     events: list[Event] = []
     for number, raw in enumerate(text.splitlines(), start=1):
         try:
-            document = json.loads(raw)
-        except ValueError as error:
-            raise _broken(f"line {number} is not JSON", where) from error
+            entry = LedgerEvent.from_json(raw, f"{where}, line {number}")
+        except WorkspaceError as error:
+            raise _broken(f"line {number} is {error.what}", where) from error
         expected = events[-1].digest if events else None
-        if document.get("sequence") != number or document.get("previous") != expected:
+        if entry.sequence != number or entry.previous != expected:
             raise _broken(f"line {number} does not follow the one before it", where)
-        events.append(Event(document, hashlib.sha256(raw).hexdigest()))
+        events.append(Event(entry, _digest(raw)))
     return events
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line.rstrip(b"\n")).hexdigest()
 
 
 def _broken(what: str, where: str) -> WorkspaceError:

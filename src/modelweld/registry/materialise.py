@@ -17,7 +17,8 @@ from filelock import FileLock
 
 from modelweld import settings
 from modelweld.errors import CheckpointError, DiskFull, RemoteUnavailable, WorkspaceError
-from modelweld.registry.address import DvcAddress
+from modelweld.formats.address import DvcAddress
+from modelweld.formats.manifest import Manifest
 
 UNLISTED = {"manifest.json", "README.md"}
 TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}
@@ -66,7 +67,7 @@ def verify(directory: Path, address: DvcAddress) -> None:
     found = file_sha256(manifest) if manifest.is_file() else "missing"
     if found != address.manifest_sha256:
         raise _differs("manifest.json", directory, address)
-    listed = json.loads(manifest.read_bytes()).get("output", {}).get("files", {})
+    listed = Manifest.read(manifest).output.files
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     if odd := sorted((present ^ listed.keys()) - UNLISTED):
         raise _differs(odd[0], directory, address)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from modelweld import settings
 from modelweld.errors import InputError
 from modelweld.evaluation.kinds import kind_of
+from modelweld.formats.address import DvcAddress
 from modelweld.kinds import DEFAULT, KINDS, ServedColumn
-from modelweld.registry.address import DvcAddress
 from modelweld.registry.materialise import materialise
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Predictor:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The predictor that a version's model_config describes; fetches the weights."""
-        address = DvcAddress.from_mapping(config["dvc"], "model_config")
+        address = DvcAddress.from_data(config["dvc"], "model_config")
         tasks = {task: ServedTask.from_config(value) for task, value in config["tasks"].items()}
         return cls(materialise(address), tasks, _device())
 

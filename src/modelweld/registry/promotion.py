@@ -21,8 +21,10 @@ from filelock import FileLock, Timeout
 from modelweld import settings
 from modelweld.config import Register
 from modelweld.errors import GateRefused, InputError, WorkspaceError
+from modelweld.formats.address import TAG_PREFIX, DvcAddress
+from modelweld.formats.decision import from_tag, to_tag
+from modelweld.formats.scores import RegisteredScores
 from modelweld.registry import aliases
-from modelweld.registry.address import DvcAddress
 from modelweld.registry.aliases import CHALLENGER, CHAMPION
 from modelweld.registry.connection import connect, guarded, tracking_uri
 from modelweld.registry.gate import Decision, Scoreboard, decide
@@ -75,8 +77,11 @@ class Registry:
 
     def scoreboard(self, number: int) -> Scoreboard:
         """The scores a version was registered with."""
-        found: dict[str, Any] = json.loads(self.version(number).tags.get(SCORES, "{}"))
-        return found
+        found = json.loads(self.version(number).tags.get(SCORES, "{}"))
+        return {
+            task: RegisteredScores.from_data(one, f"{self.name} version {number}: {SCORES}")
+            for task, one in found.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,14 @@ class Transition:
     after: dict[str, int]
     event: Event | None
 
-    def as_document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """The transition for JSON."""
         return {
             "name": self.name,
             "version": self.version,
             "before": self.before,
             "aliases": self.after,
-            "event": None if self.event is None else {**self.event.document, "digest": self.event.digest},
+            "event": None if self.event is None else self.event.data(),
         }
 
 
@@ -230,7 +235,7 @@ def _record(
         "event": kind,
         "model_version": version,
         "record": tags.get(RECORD),
-        "manifest_sha256": tags.get("modelweld.dvc.manifest_sha256"),
+        "manifest_sha256": tags.get(f"{TAG_PREFIX}manifest_sha256"),
         "gate": tags.get(GATE),
         "before": before,
         "aliases": after,
@@ -250,7 +255,7 @@ def _judge(registry: Registry, version: int, champion: int | None, thresholds: R
     )
     tags = {
         GATE: decision.verdict,
-        REASONS: json.dumps(decision.as_document()["reasons"], ensure_ascii=False),
+        REASONS: to_tag(decision.reasons),
         AGAINST: str(against or ""),
         THRESHOLDS: thresholds.model_dump_json(),
     }
@@ -260,9 +265,7 @@ def _judge(registry: Registry, version: int, champion: int | None, thresholds: R
 
 
 def _decision_of(version: ModelVersion) -> Decision:
-    from modelweld.registry.gate import Reason
-
-    reasons = tuple(Reason(**reason) for reason in json.loads(version.tags.get(REASONS, "[]")))
+    reasons = from_tag(version.tags.get(REASONS, "[]"), f"{version.name} version {version.version}: {REASONS}")
     return Decision(version.tags.get(GATE) == "passed", reasons)
 
 

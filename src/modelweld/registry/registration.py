@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from modelweld.errors import InputError
+from modelweld.formats.address import DvcAddress
+from modelweld.formats.manifest import Manifest
+from modelweld.formats.scores import MERGED, RegisteredScores, TaskScores
 from modelweld.kinds import KINDS, ServedColumn
-from modelweld.registry.address import DvcAddress
 from modelweld.registry.connection import absent, connect, guarded, local_artifacts
-from modelweld.registry.gate import MERGED, Scoreboard, condensed, mean_normalised, normalised
+from modelweld.registry.gate import mean_normalised, normalised
 from modelweld.registry.prediction import ServedTask, served_columns
 from modelweld.settings import cache_directory
 
@@ -78,8 +80,8 @@ class Registration:
     commit: str
     source_commit: str | None
     address: DvcAddress
-    manifest: Mapping[str, Any]
-    scoreboard: Scoreboard
+    manifest: Manifest
+    scores: Mapping[str, TaskScores]
     parents: tuple[Parent, ...]
     params: Mapping[str, Any]
     tasks: Mapping[str, ServedTask]
@@ -130,8 +132,7 @@ def register(registration: Registration, tracking_uri: str) -> RegisteredVersion
 
 
 def _require_whole(registration: Registration) -> None:
-    output = (registration.manifest.get("recipe") or {}).get("output") or {}
-    if output.get("adapter") == "keep":
+    if (registration.manifest.recipe.output or {}).get("adapter") == "keep":
         raise InputError(
             "the merge was kept as an adapter, and a version has to serve without its base",
             where=registration.record,
@@ -193,7 +194,7 @@ def _log(client: MlflowClient, run: Run, registration: Registration) -> None:
     params = [Param(key, value[:PARAM_LENGTH]) for key, value in sorted(_flatten(registration.params).items())]
     # The record's own time: a repeated call writes the same points again instead of new ones.
     at = int(registration.recorded_at.timestamp() * 1000)
-    metrics = [Metric(key, value, at, 0) for key, value in sorted(_metrics(registration.scoreboard).items())]
+    metrics = [Metric(key, value, at, 0) for key, value in sorted(_metrics(registration.scores).items())]
     for start in range(0, len(params), 100):
         client.log_batch(run_id, params=params[start : start + 100])
     for start in range(0, len(metrics), 1000):
@@ -256,7 +257,7 @@ def _log_pointer(client: MlflowClient, run: Run, registration: Registration) -> 
             name=registration.name,
             source_run_id=run_id,
             tags={RECORD: registration.record},
-            params={key: str(value) for key, value in registration.address.as_tags().items()},
+            params=registration.address.tags(),
             model_type=MODEL_TYPE,
         )
         with tempfile.TemporaryDirectory(prefix="modelweld-") as folder:
@@ -281,9 +282,8 @@ def _save_pointer(target: Path, registration: Registration, run_id: str, model_i
         outputs=_schema(outputs),
         params=ParamSchema([ParamSpec("task", "string", None)]),
     )
-    address = registration.address
     config = {
-        "dvc": {key: getattr(address, key) for key in address.__dataclass_fields__ if getattr(address, key)},
+        "dvc": registration.address.data(),
         "tasks": {task: served.to_config() for task, served in registration.tasks.items()},
         "record": registration.record,
     }
@@ -358,7 +358,7 @@ def _create_version(
 
 def _describe(registration: Registration) -> dict[str, str]:
     merge = registration.params.get("merge", {})
-    mean = mean_normalised(registration.scoreboard)
+    mean = mean_normalised(registration.scores)
     licences = sorted({parent.licence for parent in registration.parents if parent.licence})
     tags = {
         RECORD: registration.record,
@@ -373,21 +373,25 @@ def _describe(registration: Registration) -> dict[str, str]:
         "modelweld.licences": ", ".join(licences),
         "modelweld.mean_normalised": None if mean is None else f"{mean:.6f}",
         "modelweld.version": package_version("modelweld"),
-        SCORES: json.dumps(condensed(registration.scoreboard), sort_keys=True, separators=(",", ":")),
-        **registration.address.as_tags(),
+        SCORES: _condensed(registration.scores),
+        **registration.address.tags(),
     }
     return {key: value for key, value in tags.items() if value}
 
 
-def _metrics(scoreboard: Scoreboard) -> dict[str, float]:
+def _condensed(scores: Mapping[str, TaskScores]) -> str:
+    kept = {task: RegisteredScores.of(one).data() for task, one in scores.items()}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+
+
+def _metrics(scores: Mapping[str, TaskScores]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for task, document in scoreboard.items():
-        for system, scores in document.get("systems", {}).items():
-            for name, score in scores.items():
-                value = score.get("value") if isinstance(score, Mapping) else score
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    metrics[f"{task}/{system}.{name}"] = float(value)
-    relative = [value for document in scoreboard.values() if (value := normalised(document)) is not None]
+    for task, one in scores.items():
+        for system, found in one.systems.items():
+            metrics[f"{task}/{system}.accuracy"] = found.accuracy.value
+            metrics[f"{task}/{system}.macro_f1"] = found.macro_f1.value
+            metrics[f"{task}/{system}.normalised"] = found.normalised
+    relative = [value for one in scores.values() if (value := normalised(one)) is not None]
     if relative:
         metrics[f"{MERGED}.mean_normalised"] = sum(relative) / len(relative)
         metrics[f"{MERGED}.worst_normalised"] = min(relative)

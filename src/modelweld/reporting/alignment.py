@@ -6,12 +6,12 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from modelweld.formats.alignment import AlignmentRecord
 from modelweld.reporting.plots import FAINT, FIXED, SERIES, _figure, _plain, _save, _title
 
 # Numbers in a tensor's name say which layer it is in; "0.1" in brackets are axes.
@@ -19,22 +19,22 @@ _NUMBERS = re.compile(r"(?<![\w\[])\d+(?=\.)")
 _MOST_LABELS = 8
 
 
-def alignment_plots(document: Mapping[str, Any], out: Path) -> dict[str, Path]:
+def alignment_plots(record: AlignmentRecord, out: Path) -> dict[str, Path]:
     """Every plot that an alignment.json has figures for, in the folder `out`: `alpha`, `identity`, `similarity 1` …"""
     plots = {}
-    if document["alpha_curve"]:
-        curve = {float(alpha): score for alpha, score in document["alpha_curve"].items()}
-        plots["alpha"] = plot_alpha({f"merged by {document['alpha_scored_by']}": curve}, out / "alpha.png")
-    if document["groups"]:
-        shares = {name: group["identity_share"] for name, group in document["groups"].items()}
+    if record.alpha_curve:
+        curve = {float(alpha): score for alpha, score in record.alpha_curve.items()}
+        plots["alpha"] = plot_alpha({f"merged by {record.alpha_scored_by}": curve}, out / "alpha.png")
+    if record.groups:
+        shares = {name: group.identity_share for name, group in record.groups.items()}
         plots["identity"] = plot_identity(shares, out / "identity.png")
-    for number, shown in enumerate(document["similarity"], 1):
+    for number, shown in enumerate(record.similarity, 1):
         plots[f"similarity {number}"] = plot_similarity(
-            np.array(shown["before"]),
-            np.array(shown["after"]),
-            f"{shown['group']}, {shown['models'][0]} (rows) and {shown['models'][1]}",
+            np.array(shown.before),
+            np.array(shown.after),
+            f"{shown.group}, {shown.models[0]} (rows) and {shown.models[1]}",
             out / f"similarity-{number}.png",
-            (shown["matched"]["before"], shown["matched"]["after"]),
+            (shown.matched.before, shown.matched.after),
         )
     return plots
 

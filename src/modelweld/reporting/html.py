@@ -12,12 +12,15 @@ from typing import Any
 import jinja2
 import yaml
 
+from modelweld.formats import AlignmentRecord, Manifest, Part
+from modelweld.formats.manifest import ExpertParent
+from modelweld.formats.scores import Scoreboard
 from modelweld.reporting.alignment import alignment_plots
 from modelweld.reporting.behaviour import behaviour
-from modelweld.reporting.documents import SIGNIFICANT, Scoreboard, document_of, mark, metric_name
 from modelweld.reporting.landscape import plot_landscape
 from modelweld.reporting.layers import layer_series
 from modelweld.reporting.plots import colours, plot_layers, plot_scores
+from modelweld.reporting.wording import SIGNIFICANT, mark, metric_name
 
 TEMPLATE = "report.html.j2"
 
@@ -28,8 +31,8 @@ def write_report(
     *,
     name: str,
     predictions: Path | None = None,
-    manifest: Mapping[str, Any] | None = None,
-    alignment: Mapping[str, Any] | None = None,
+    manifest: Manifest | None = None,
+    alignment: AlignmentRecord | None = None,
     landscape: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `out`/index.html with its plots beside and inside it; returns the page's path.
@@ -38,10 +41,10 @@ def write_report(
     manifest there are neither layers nor lineage. `alignment` is alignment.json of the merge, `landscape` the plane
     through its experts. Equal input gives an equal page: no clock, no host.
     """
-    document = document_of(scoreboard)
+    board = scoreboard.summary()
     out.mkdir(parents=True, exist_ok=True)
     images = {"scores": plot_scores(scoreboard, out / "scores.png")}
-    if series := layer_series(manifest or {}):
+    if series := layer_series(manifest.tensors if manifest else {}):
         images["layers"] = plot_layers(series, out / "layers.png")
     if alignment is not None:
         images |= alignment_plots(alignment, out)
@@ -50,7 +53,7 @@ def write_report(
         images["landscape"] = plot_landscape(plane, list(landscape["tasks"]), out / "landscape.png")
     shown = [
         behaviour(predictions / f"{task}.parquet")
-        for task in document["tasks"]
+        for task in board.tasks
         if predictions is not None and (predictions / f"{task}.parquet").is_file()
     ]
     environment = jinja2.Environment(
@@ -63,12 +66,12 @@ def write_report(
     environment.filters["percent"] = _percent
     page = environment.get_template(TEMPLATE).render(
         name=name,
-        scores=document,
-        metric=metric_name(document),
+        scores=board,
+        metric=metric_name(board.metric),
         significant=SIGNIFICANT,
         mark=mark,
         shade=_shade,
-        colours=colours(document["order"]),
+        colours=colours(board.order),
         images={key: _embedded(path) for key, path in images.items()},
         behaviours=shown,
         manifest=manifest,
@@ -76,40 +79,40 @@ def write_report(
         landscape=landscape,
         parents=parents(manifest) if manifest else [],
         treatment=treatment(manifest) if manifest else [],
-        recipe=_yaml(manifest["recipe"]) if manifest else "",
-        environment=_yaml(manifest["environment"]) if manifest else "",
+        recipe=_yaml(manifest.recipe) if manifest else "",
+        environment=_yaml(manifest.environment) if manifest else "",
     )
     target = out / "index.html"
     target.write_text(page, encoding="utf-8")
     return target
 
 
-def parents(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def parents(manifest: Manifest) -> list[dict[str, Any]]:
     """The models that were merged, the base first, as rows: where from, which revision, licence, and file digests."""
-    found = manifest["parents"]
-    labelled = [("base", found["base"])] if found["base"] is not None else []
-    labelled += [(label, found["experts"][label]) for label in manifest["recipe"]["order"]]
-    rows = []
+    found = manifest.parents
+    labelled = [("base", found.base)] if found.base is not None else []
+    labelled += [(label, found.experts[label]) for label in manifest.recipe.order]
+    rows: list[dict[str, Any]] = []
     for label, parent in labelled:
-        source = parent["source"] or {}
+        source, expert = parent.source, parent if isinstance(parent, ExpertParent) else None
         rows.append(
             {
                 "name": label,
-                "head": parent.get("head"),
-                "weight": parent.get("weight"),
-                "source": source.get("uri"),
-                "revision": source.get("revision"),
-                "licence": source.get("licence"),
-                "files": {file: about["sha256"] for file, about in (source.get("files") or {}).items()},
-                "tensors": len(parent["tensors"]),
+                "head": expert.head if expert else None,
+                "weight": expert.weight if expert else None,
+                "source": source.uri if source else None,
+                "revision": source.revision if source else None,
+                "licence": source.licence if source else None,
+                "files": {file: about.sha256 for file, about in source.files.items()} if source else {},
+                "tensors": len(parent.tensors),
             }
         )
     return rows
 
 
-def treatment(manifest: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+def treatment(manifest: Manifest) -> list[tuple[str, str, int]]:
     """How many tensors of which role were merged by which method."""
-    counts = Counter((entry["role"], entry["method"] or "copied") for entry in manifest["tensors"].values())
+    counts = Counter((entry.role, entry.method or "copied") for entry in manifest.tensors.values())
     return sorted((role, method, tensors) for (role, method), tensors in counts.items())
 
 
@@ -117,8 +120,8 @@ def _embedded(image: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode("ascii")
 
 
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+def _yaml(part: Part) -> str:
+    return yaml.safe_dump(part.data(), sort_keys=True, allow_unicode=True, width=100)
 
 
 def _percent(value: float, digits: int = 1) -> str:

@@ -7,7 +7,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from modelweld.formats.manifest import MergedTensor
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 FIGURES = {
@@ -29,17 +30,16 @@ class LayerSeries:
     high: tuple[float, ...]
 
 
-def layer_series(manifest: Mapping[str, Any]) -> list[LayerSeries]:
-    """One series for every figure that the manifest has for some tensor; layers in their order, the rest around them.
+def layer_series(tensors: Mapping[str, MergedTensor]) -> list[LayerSeries]:
+    """One series for every figure that some tensor has; layers in their order, the rest around them.
 
     Tensors without a figure (copied ones, or a method that has none) are left out of its mean.
     """
-    tensors: Mapping[str, Mapping[str, Any]] = manifest.get("tensors") or {}
     found = []
     for key, title in FIGURES.items():
         values: dict[tuple[int, int, str], list[float]] = defaultdict(list)
         for name, entry in tensors.items():
-            value = entry.get(key)
+            value = entry.figure(key)
             if isinstance(value, int | float) and math.isfinite(value):
                 values[_group(name)].append(float(value))
         if values:

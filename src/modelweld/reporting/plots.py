@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from modelweld.reporting.documents import Scoreboard, ScoreDocument, document_of, metric_name
+from modelweld.formats.scores import Scoreboard, Summary
 from modelweld.reporting.layers import LayerSeries
+from modelweld.reporting.wording import metric_name
 
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e7ec"
 FIXED = {"base": "#c3cad3", "expert": "#3d4b5c", "merged": "#d9480f"}
@@ -24,13 +25,13 @@ SERIES = ("#a5c8ec", "#5b9bd5", "#2b6cb0", "#1a4971", "#8fd3c1", "#3aa58b", "#1d
 
 def plot_scores(scoreboard: Scoreboard, out: Path) -> Path:
     """Write a PNG: every system's score on every task with its interval, and the mean and worst share of the expert."""
-    document = document_of(scoreboard)
-    systems, tasks = document["order"], list(document["tasks"])
+    board = scoreboard.summary()
+    systems, tasks = board.order, list(board.tasks)
     width = 3.9 + max(5.0, 0.17 * len(tasks) * (len(systems) + 1.6))
     figure = _figure(width, 1.9 + max(2.9, 0.36 * len(systems)))
     bars, shares = figure.subplots(1, 2, width_ratios=(width - 3.9, 3.9))
-    _bars(bars, document, systems, tasks)
-    _shares(shares, document, systems)
+    _bars(bars, board, systems, tasks)
+    _shares(shares, board, systems)
     handles, labels = bars.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(systems), 8), frameon=False, fontsize=9)
     return _save(figure, out)
@@ -51,15 +52,15 @@ def colours(systems: Sequence[str]) -> dict[str, str]:
     return FIXED | {name: SERIES[index % len(SERIES)] for index, name in enumerate(others)}
 
 
-def _bars(axes: Axes, document: ScoreDocument, systems: Sequence[str], tasks: Sequence[str]) -> None:
+def _bars(axes: Axes, board: Summary, systems: Sequence[str], tasks: Sequence[str]) -> None:
     palette = colours(systems)
     step = 0.84 / len(systems)
     places = np.arange(len(tasks))
     for index, system in enumerate(systems):
-        intervals = [document["systems"][system]["tasks"][task]["score"] for task in tasks]
-        values = np.array([interval["value"] for interval in intervals])
-        low = np.array([interval["value"] if interval["low"] is None else interval["low"] for interval in intervals])
-        high = np.array([interval["value"] if interval["high"] is None else interval["high"] for interval in intervals])
+        intervals = [board.systems[system].tasks[task].score for task in tasks]
+        values = np.array([interval.value for interval in intervals])
+        low = np.array([interval.value if interval.low is None else interval.low for interval in intervals])
+        high = np.array([interval.value if interval.high is None else interval.high for interval in intervals])
         axes.bar(
             places + (index - (len(systems) - 1) / 2) * step,
             values,
@@ -71,9 +72,9 @@ def _bars(axes: Axes, document: ScoreDocument, systems: Sequence[str], tasks: Se
             error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 1.6, "capthick": 0.9},
             zorder=2,
         )
-    confidence = next(iter(document["tasks"].values()))["confidence"]
-    axes.set_title(f"{metric_name(document)} by task, {100 * confidence:g} % intervals", **_title())
-    axes.set_xticks(places, [f"{task}\nn = {document['tasks'][task]['rows']:,}" for task in tasks])
+    confidence = next(iter(board.tasks.values())).confidence
+    axes.set_title(f"{metric_name(board.metric)} by task, {100 * confidence:g} % intervals", **_title())
+    axes.set_xticks(places, [f"{task}\nn = {board.tasks[task].rows:,}" for task in tasks])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlim(-0.55, len(tasks) - 0.45)
@@ -81,11 +82,11 @@ def _bars(axes: Axes, document: ScoreDocument, systems: Sequence[str], tasks: Se
     axes.tick_params(axis="x", length=0, labelcolor=INK)
 
 
-def _shares(axes: Axes, document: ScoreDocument, systems: Sequence[str]) -> None:
+def _shares(axes: Axes, board: Summary, systems: Sequence[str]) -> None:
     palette = colours(systems)
     places = np.arange(len(systems))[::-1]
-    means = [document["systems"][system]["mean_normalised"] for system in systems]
-    worst = [document["systems"][system]["worst_normalised"] for system in systems]
+    means = [board.systems[system].mean_normalised for system in systems]
+    worst = [board.systems[system].worst_normalised for system in systems]
     axes.barh(places, means, height=0.66, color=[palette[system] for system in systems], zorder=2)
     axes.plot(
         worst, places, "D", color="white", markeredgecolor=INK, markeredgewidth=0.9, markersize=5, zorder=4, ls="none"

@@ -1,16 +1,18 @@
 """Where models and data come from: pinned once to something immutable, then fetched exactly as pinned.
 
-`lock` is sources.lock.json; `pinning` resolves params.yaml into it; `fetching` puts the files of one entry on the disk.
+`pinning` resolves params.yaml into sources.lock.json (modelweld.formats.lock), `changes` compares two locks, `fetching`
+puts the files of one entry on the disk.
 `source` says what every kind of source can do; `local`, `hub`, `url`, `mlflow_models` and `dvc_repo` do it, one kind of
 address each; `schemes` is the table of kinds. `selection` decides which of a source's files are fetched,
 `remote_headers` reads the headers of weights that are not fetched, `refusals` refuses unsafe names and addresses.
 
-    lock = pin(load_params(), Path(), previous=read_lock(Path("sources.lock.json")))
+    lock = pin(load_params(), Path(), previous=Lock.read_if_present(Path("sources.lock.json")))
     fetch(lock.pinned["model-base"], Path("models/base"), project_root=Path())
 """
 
+from modelweld.formats.lock import LOCK_NAME, Lock, Pinned, PinnedFile
+from modelweld.sources.changes import Change, changes
 from modelweld.sources.fetching import Fetched, fetch
-from modelweld.sources.lock import LOCK_NAME, Change, Lock, Pinned, PinnedFile, changes, read_lock, write_lock
 from modelweld.sources.pinning import pin, resolve
 
 __all__ = [
@@ -23,7 +25,5 @@ __all__ = [
     "changes",
     "fetch",
     "pin",
-    "read_lock",
     "resolve",
-    "write_lock",
 ]

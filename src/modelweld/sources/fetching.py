@@ -16,7 +16,7 @@ from threading import Event
 from filelock import FileLock
 
 from modelweld.errors import DiskFull, SourceError, WorkspaceError
-from modelweld.sources.lock import Pinned, PinnedFile
+from modelweld.formats.lock import Pinned, PinnedFile
 from modelweld.sources.progress import Report, byte_progress
 from modelweld.sources.refusals import refuse_secrets, safe_name
 from modelweld.sources.schemes import open_source

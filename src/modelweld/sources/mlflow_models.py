@@ -13,14 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from modelweld.errors import SourceError, SourceUnavailable
+from modelweld.formats.address import TAG_PREFIX, DvcAddress
 from modelweld.sources.dvc_repo import DvcPath
 from modelweld.sources.local import LocalPath
 from modelweld.sources.refusals import first_line, refuse_secrets
 from modelweld.sources.source import BLOCK_BYTES, Listed, Listing, Source
 
 _ADDRESS = re.compile(r"^models:/(?P<name>[^@]+?)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
-# modelweld registers a version by pointer: these tags say where its weights are.
-_POINTER = "modelweld.dvc."
 _OWN_FILES = re.compile(r"^(MLmodel|conda\.yaml|python_env\.yaml|requirements\.txt|registered_model_meta|metadata/.*)$")
 _MISSING = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND", "ENDPOINT_NOT_FOUND"})
 _REFUSED = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED"})
@@ -150,11 +149,14 @@ class MlflowModel(Source):
     @cached_property
     def _pointed(self) -> DvcPath | None:
         tags: dict[str, str] = dict(self._version.tags)
-        if f"{_POINTER}path" not in tags:
+        if f"{TAG_PREFIX}path" not in tags:
             return None
-        repo = tags.get(f"{_POINTER}repo", "")
-        place = repo if Path(repo).is_dir() else tags.get(f"{_POINTER}url") or repo
-        address = f"dvc://{place}@{tags.get(f'{_POINTER}rev')}:{tags[f'{_POINTER}path']}"
+        # modelweld registers a version by pointer: these tags say where its weights are.
+        pointed = DvcAddress.from_tags(tags, f"{self.where} ({self.address})")
+        here = pointed.url is None or Path(pointed.repo).is_dir()
+        # Of a project below the top of its repository, the remote URL names the top.
+        place, path = (pointed.repo, pointed.path) if here else (pointed.url, f"{pointed.folder or ''}{pointed.path}")
+        address = f"dvc://{place}@{pointed.rev}:{path}"
         refuse_secrets(address, self.where)
         return DvcPath(address, self.project_root, self.where)
 

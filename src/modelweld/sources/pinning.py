@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from modelweld.config import Params, SourceEntry
+from modelweld.formats.lock import LOCK_NAME, Kind, Lock, Pinned, PinnedFile
 from modelweld.sources.licence import card_licence
-from modelweld.sources.lock import LOCK_NAME, Kind, Lock, Pinned, PinnedFile, write_lock
 from modelweld.sources.progress import Report, byte_progress
 from modelweld.sources.refusals import refuse_secrets, safe_name
 from modelweld.sources.schemes import open_source
@@ -18,7 +18,7 @@ from modelweld.sources.source import Listed, Source
 def pin(params: Params, project_root: Path, previous: Lock | None = None) -> Lock:
     """`resolve`, and write the result to sources.lock.json in `project_root` (left untouched when nothing changed)."""
     lock = resolve(params, project_root, previous)
-    write_lock(lock, project_root / LOCK_NAME)
+    lock.write(project_root / LOCK_NAME)
     return lock
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from modelweld.errors import SourceError
-from modelweld.sources.lock import Kind
+from modelweld.formats.lock import Kind
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill"})
 _CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".sh", ".ipynb"})

@@ -18,9 +18,9 @@ from modelweld.evaluation.dataset_spec import DatasetSpec
 from modelweld.evaluation.job import EvaluationJob
 from modelweld.evaluation.kinds import kind_of
 from modelweld.evaluation.predictions import write_predictions
-from modelweld.evaluation.scores import EXPERT, MODEL, TaskScores, write_scores
 from modelweld.evaluation.settings import settings_of
 from modelweld.evaluation.systems import System, classes_of
+from modelweld.formats.scores import EXPERT, MODEL, TaskScores
 from modelweld.kinds import implied_by
 from modelweld.settings import project_root
 
@@ -43,8 +43,8 @@ def evaluate(task: str, params_file: Path, root: Path) -> dict[str, Any]:
     columns = job.kind.prediction_columns(result.truth, result.ordered_predictions, job.space)
     with _writing(root):
         write_predictions(root / "predictions" / f"{task}.parquet", columns)
-        write_scores(result.scores, root / "scores" / f"{task}.json")
-    return result.scores.to_dict()
+        result.scores.write(root / "scores" / f"{task}.json")
+    return result.scores.data()
 
 
 def evaluate_model(

@@ -8,7 +8,7 @@ from typing import Any
 
 from modelweld import settings
 from modelweld.errors import SourceError
-from modelweld.sources import LOCK_NAME, read_lock
+from modelweld.sources import LOCK_NAME, Lock
 from modelweld.sources import fetch as fetch_entry
 from modelweld.sources.refusals import safe_name
 
@@ -19,7 +19,7 @@ def fetch(key: str, root: Path) -> dict[str, Any]:
     `root` is where the pipeline runs; a flow runs in another git worktree than the project, so relative local sources
     are taken from MODELWELD_PROJECT_ROOT when it is set.
     """
-    lock = read_lock(root / LOCK_NAME)
+    lock = Lock.read_if_present(root / LOCK_NAME)
     if lock is None:
         raise SourceError("nothing is pinned yet", where=str(root / LOCK_NAME), hint="run `modelweld pin`")
     entry = lock.pinned.get(key)

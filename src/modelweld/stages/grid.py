@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe
 from modelweld.config.loading import check_recipe
 from modelweld.engine import (
@@ -27,6 +28,7 @@ from modelweld.engine import (
     staged,
 )
 from modelweld.errors import ConfigError
+from modelweld.formats.manifest import FILE
 from modelweld.lineage import manifest, model_card
 from modelweld.stages.merge import MergeReport, report_of
 
@@ -75,13 +77,14 @@ def merge_grid(
         )
         for (key, candidate), execution in zip(recipes.items(), executions, strict=True):
             executed, tree = time.perf_counter(), places[key] / "tree"
-            document = manifest.build(candidate, plans[key], inputs, execution, tree, device=placement.kind)
-            manifest.write(document, tree)
-            (tree / "README.md").write_text(model_card.render(document), encoding="utf-8")
+            written = manifest.build(candidate, plans[key], inputs, execution, tree, device=placement.kind)
+            with disk_errors(tree / FILE):
+                written.write(tree / FILE)
+            (tree / "README.md").write_text(model_card.render(written), encoding="utf-8")
             publish(places[key], root / key)
             # Planning and merging were shared: every report shows them whole.
             seconds = {"plan": planned - started, **execution.seconds, "manifest": time.perf_counter() - executed}
-            reports[key] = report_of(root / key, candidate, plans[key], execution, document, seconds)
+            reports[key] = report_of(root / key, candidate, plans[key], execution, written, seconds)
     return reports
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from modelweld import settings
+from modelweld.checkpoints.shards import disk_errors
 from modelweld.config import Recipe, load_params, load_recipe
 from modelweld.engine import (
     Execution,
@@ -27,10 +27,10 @@ from modelweld.engine import (
     staged,
 )
 from modelweld.engine.cost.memory import peak_resident
-from modelweld.errors import ConfigError
+from modelweld.formats.lock import LOCK_NAME, Lock, Pinned
+from modelweld.formats.manifest import FILE, Manifest
 from modelweld.lineage import manifest, model_card
 
-LOCK = "sources.lock.json"
 STAGING = Path(".modelweld") / "staging"
 
 
@@ -54,7 +54,7 @@ class MergeReport:
     seconds: Mapping[str, float]
     peak_memory_bytes: int
 
-    def document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """For machines: JSON-able."""
         return {**self.__dict__, "out": str(self.out), "left_out": dict(self.left_out), "seconds": dict(self.seconds)}
 
@@ -68,7 +68,7 @@ def merge(
     threads: int | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
-    sources: Mapping[str, Mapping[str, Any]] | None = None,
+    sources: Mapping[str, Pinned] | None = None,
     staging: Path | None = None,
     card: bool = True,
     sha256: bool = False,
@@ -120,7 +120,7 @@ def merge(
             if alignment is not None:
                 alignment.write(tree)
                 execution, repair = with_recomputed_statistics(recipe, plan, inputs, tree, execution)
-            document = manifest.build(
+            written = manifest.build(
                 recipe,
                 plan,
                 inputs,
@@ -129,16 +129,17 @@ def merge(
                 device=placement.kind,
                 sources=sources,
                 sha256=sha256,
-                alignment=alignment.manifest_entry() if alignment is not None else None,
+                alignment=alignment.summary() if alignment is not None else None,
                 repair=repair,
             )
-            manifest.write(document, tree)
+            with disk_errors(tree / FILE):
+                written.write(tree / FILE)
             if card:
-                (tree / "README.md").write_text(model_card.render(document), encoding="utf-8")
+                (tree / "README.md").write_text(model_card.render(written), encoding="utf-8")
             publish(directory, out)
     took = {"align": matched - planned} if alignment is not None else {}
     seconds = {"plan": planned - started, **took, **execution.seconds, "manifest": time.perf_counter() - executed}
-    return report_of(out, recipe, plan, execution, document, seconds)
+    return report_of(out, recipe, plan, execution, written, seconds)
 
 
 def merge_pipeline(params_file: Path, root: Path) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def merge_pipeline(params_file: Path, root: Path) -> dict[str, Any]:
         staging=_staging(root),
         sha256=True,
     )
-    return report.document()
+    return report.data()
 
 
 def merge_baselines(params_file: Path, root: Path) -> dict[str, Any]:
@@ -168,9 +169,7 @@ def merge_baselines(params_file: Path, root: Path) -> dict[str, Any]:
     for name in params.baselines:
         recipe = params.recipe(name).rooted(root)
         out = directory / name
-        reports[name] = merge(
-            recipe, out, _device(), executor=_executor(), staging=_staging(root), card=False
-        ).document()
+        reports[name] = merge(recipe, out, _device(), executor=_executor(), staging=_staging(root), card=False).data()
     return reports
 
 
@@ -187,16 +186,10 @@ def _executor() -> str:
     return settings.executor()
 
 
-def _pinned(root: Path) -> dict[str, Mapping[str, Any]]:
+def _pinned(root: Path) -> Mapping[str, Pinned]:
     """Model entries of sources.lock.json by name; none without a lock, as when models/ was filled by hand."""
-    file = root / LOCK
-    if not file.is_file():
-        return {}
-    try:
-        pinned = json.loads(file.read_text(encoding="utf-8"))["pinned"]
-        return {entry["name"]: entry for entry in pinned.values() if entry["kind"] == "model"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"is not a lock file: {error}", where=str(file), hint="run `modelweld pin`") from error
+    lock = Lock.read_if_present(root / LOCK_NAME)
+    return lock.entries("model") if lock is not None else {}
 
 
 def report_of(
@@ -204,15 +197,15 @@ def report_of(
     recipe: Recipe,
     plan: Plan,
     execution: Execution,
-    document: Mapping[str, Any],
+    written: Manifest,
     seconds: Mapping[str, float],
 ) -> MergeReport:
     """The report of one published merge."""
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
     return MergeReport(
         out=out,
-        manifest_digest=manifest.digest(document),
-        model_digest=document["output"]["model_digest"],
+        manifest_digest=written.digest,
+        model_digest=written.output.model_digest,
         method=recipe.method_name,
         merged=merged,
         copied=len(plan.tensors) - merged,
@@ -220,7 +213,7 @@ def report_of(
         heads=tuple(head.task for head in plan.heads),
         left_out=plan.left_out,
         notes=(*plan.notes, *execution.notes),
-        delta_survival=document["delta_survival"],
+        delta_survival=written.delta_survival.data() if written.delta_survival else None,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         seconds=seconds,

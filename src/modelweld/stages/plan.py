@@ -57,11 +57,11 @@ class PlanEstimate:
     cache_bytes: int = 0
     alignment: AlignmentCost | None = None
 
-    def document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """Everything for machines, tensor by tensor."""
         tensors = [
             {
-                **tensor.document(),
+                **tensor.data(),
                 "read_bytes": tensor.read_bytes,
                 "write_bytes": tensor.write_bytes,
                 "flops": flops(tensor, self.experts),
@@ -88,7 +88,7 @@ class PlanEstimate:
                 "cache_bytes": self.cache_bytes,
                 "seconds": round(self.seconds, 3),
             },
-            "alignment": self.alignment.document() if self.alignment else None,
+            "alignment": self.alignment.data() if self.alignment else None,
             "fetch": dict(self.fetch),
             "seen": dict(self.seen),
             "available": {

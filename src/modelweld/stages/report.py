@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from modelweld.alignment import DOCUMENT
 from modelweld.alignment.landscape import landscape, stored_landscape
-from modelweld.checkpoints.checkpoint import read_json
 from modelweld.errors import InputError
 from modelweld.evaluation.scores import scoreboard
-from modelweld.lineage.manifest import FILE, read
+from modelweld.formats import AlignmentRecord, Manifest
+from modelweld.formats.alignment import FILE as ALIGNMENT
+from modelweld.formats.manifest import FILE
 from modelweld.reporting import write_report
 
 DEFAULT_OUT = Path(".modelweld") / "report"
@@ -26,7 +26,7 @@ def report(root: Path, out: Path | None = None, name: str | None = None, *, step
     folder = out or root / DEFAULT_OUT
     board = scoreboard(root)
     merged = root / "merged"
-    manifest = read(merged) if (merged / FILE).is_file() else None
+    manifest = Manifest.read_if_present(merged / FILE)
     plane = None
     if manifest is not None:
         plane = landscape(root / "params.yaml", root, steps=steps) if steps else stored_landscape(root)
@@ -37,12 +37,12 @@ def report(root: Path, out: Path | None = None, name: str | None = None, *, step
             name=name or _name(root),
             predictions=root / "predictions",
             manifest=manifest,
-            alignment=read_json(merged / DOCUMENT) if (merged / DOCUMENT).is_file() else None,
+            alignment=AlignmentRecord.read_if_present(merged / ALIGNMENT),
             landscape=plane,
         )
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from error
-    return {"report": str(page), "scores": board.to_dict()}
+    return {"report": str(page), "scores": board.summary().data()}
 
 
 def _name(root: Path) -> str:

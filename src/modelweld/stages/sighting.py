@@ -10,8 +10,7 @@ from pathlib import Path
 
 from modelweld.config import Params, Recipe, SourceEntry
 from modelweld.errors import ConfigError
-from modelweld.sources import LOCK_NAME, read_lock
-from modelweld.sources.lock import Kind, Lock, Pinned
+from modelweld.formats.lock import LOCK_NAME, Kind, Lock, Pinned
 from modelweld.sources.refusals import refuse_secrets
 from modelweld.sources.remote_headers import read_remote_headers
 from modelweld.sources.schemes import open_source
@@ -43,7 +42,7 @@ def sighted(params: Params, root: Path) -> Iterator[Sighting]:
     """
     merge, baselines = params.recipe(), {name: params.recipe(name) for name in params.baselines}
     experts = (name for recipe in (merge, *baselines.values()) for name in recipe.models or {})
-    lock = read_lock(root / LOCK_NAME)
+    lock = Lock.read_if_present(root / LOCK_NAME)
     unseen: dict[str, str] = {}
     paths: dict[str, Path] = {}
     sizes: dict[str, int] = {}

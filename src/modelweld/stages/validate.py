@@ -17,17 +17,17 @@ from modelweld.checkpoints.names import diff_names
 from modelweld.checkpoints.rounding import folded_rank
 from modelweld.config import Params, SourceEntry, load_params
 from modelweld.errors import CheckpointError, InputError, ModelweldError
-from modelweld.sources import LOCK_NAME, read_lock
-from modelweld.sources.lock import Kind, Lock
+from modelweld.formats.gate import Gate
+from modelweld.formats.lock import LOCK_NAME, Kind, Lock, Pinned
 from modelweld.stages.fetch import project_root
 from modelweld.validation.adapters import other_base
 from modelweld.validation.checkpoints import Subject, checkpoint_tables, identical_models
 from modelweld.validation.expectations import check
 from modelweld.validation.fingerprint import Tokenizing, label_names, tokenizing
-from modelweld.validation.gate import Gate
+from modelweld.validation.gate import refuse
 from modelweld.validation.inventory import Inventory, take_inventory
 from modelweld.validation.row_table import row_table
-from modelweld.validation.sources import Pin, changed_files, source_table, unexpected
+from modelweld.validation.sources import changed_files, source_table, unexpected
 from modelweld.validation.suites import load_suites
 from modelweld.validation.tables import Table
 
@@ -47,7 +47,7 @@ def validate(params_file: Path, root: Path) -> dict[str, Any]:
     project = project_root(root)
     lifting = params.merge.method_name if params.merge.alignment is None else "mudsc"
     suites = load_suites(root, lifting=lifting)
-    inspection = _Inspection(params, root, read_lock(root / LOCK_NAME))
+    inspection = _Inspection(params, root, Lock.read_if_present(root / LOCK_NAME))
     with ExitStack() as opened:
         inspection.open_models(opened)
         inspection.measure(project / INVENTORIES)
@@ -55,7 +55,7 @@ def validate(params_file: Path, root: Path) -> dict[str, Any]:
     inspection.account_for_sources()
     gate = Gate.of(check(inspection.tables, suites, data_docs=project / DATA_DOCS))
     gate.write(root / GATE)
-    gate.refuse(GATE)
+    refuse(gate, GATE)
     return {
         "verdict": gate.verdict,
         "gate": GATE.as_posix(),
@@ -159,7 +159,7 @@ class _Inspection:
         """Make one row for every directory that should be in models/ and datasets/, and for every one that is."""
         declared: dict[Kind, dict[str, SourceEntry]] = {"model": self.params.models, "dataset": self.params.datasets}
         for kind, known in declared.items():
-            pinned = self._pins(kind)
+            pinned = self.lock.entries(kind) if self.lock is not None else {}
             for name in known:
                 self._account(kind, name, pinned.get(name), known[name].licence)
             for name in unexpected(self.root / f"{kind}s", {*known, *pinned}):
@@ -168,7 +168,7 @@ class _Inspection:
                     source_table(subject, path, pinned=False, licence="unknown", changed=None, problem=None)
                 )
 
-    def _account(self, kind: Kind, name: str, pin: Pin | None, licence: str | None) -> None:
+    def _account(self, kind: Kind, name: str, pin: Pinned | None, licence: str | None) -> None:
         path, subject = f"{kind}s/{name}", f"{kind}:{name}"
         problems = self.problems.get(subject, [])
         directory = self.root / path
@@ -188,19 +188,6 @@ class _Inspection:
                 problem="; ".join(problems) or None,
             )
         )
-
-    def _pins(self, kind: Kind) -> dict[str, Pin]:
-        if self.lock is None:
-            return {}
-        return {
-            entry.name: Pin(
-                licence=entry.licence,
-                allow_pickle=entry.allow_pickle,
-                files={name: (file.sha256, file.size_bytes) for name, file in entry.files.items()},
-            )
-            for entry in self.lock.pinned.values()
-            if entry.kind == kind
-        }
 
     def _subject(self, name: str, inventory: Inventory) -> Subject:
         model = self.models[name]

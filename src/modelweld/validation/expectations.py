@@ -17,7 +17,7 @@ import pandas
 from filelock import FileLock
 
 from modelweld.errors import ConfigError
-from modelweld.validation.gate import Result
+from modelweld.formats.gate import Result
 from modelweld.validation.suites import FOLDER, Expectation
 from modelweld.validation.tables import Table
 

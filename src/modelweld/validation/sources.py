@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas
 
+from modelweld.formats.lock import Pinned
 from modelweld.validation.tables import Table
 
-__all__ = ["Pin", "changed_files", "source_table", "unexpected"]
+__all__ = ["changed_files", "source_table", "unexpected"]
 
 SHOWN = 5
 # What a fetch of pickled weights puts in their place.
 REWRITTEN = frozenset({"model.safetensors", "adapter_model.safetensors"})
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
-
-
-@dataclass(frozen=True)
-class Pin:
-    """The lock's entry for one directory: licence, and SHA-256 and size in bytes of each file."""
-
-    licence: str | None = None
-    allow_pickle: bool = False
-    files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 def unexpected(folder: Path, known: Iterable[str]) -> list[str]:
@@ -38,7 +29,7 @@ def unexpected(folder: Path, known: Iterable[str]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in expected and path.name[0] != ".")
 
 
-def changed_files(directory: Path, pin: Pin, verify: bool = True) -> str | None:
+def changed_files(directory: Path, pin: Pinned, verify: bool = True) -> str | None:
     """What in a directory is not as it was pinned, in words; None when everything is.
 
     Names and sizes always; digests too when `verify` is set, which reads every byte once.
@@ -57,8 +48,8 @@ def changed_files(directory: Path, pin: Pin, verify: bool = True) -> str | None:
     same_size = []
     for name in sorted(wanted.keys() & there.keys()):
         size = there[name].stat().st_size
-        if size != wanted[name][1]:
-            changes[name] = f"has {size} bytes, pinned were {wanted[name][1]}"
+        if size != wanted[name].size_bytes:
+            changes[name] = f"has {size} bytes, pinned were {wanted[name].size_bytes}"
         else:
             same_size.append(name)
     if verify:
@@ -67,7 +58,7 @@ def changed_files(directory: Path, pin: Pin, verify: bool = True) -> str | None:
             changes |= {
                 name: "has other bytes than were pinned"
                 for name, digest in zip(same_size, digests, strict=True)
-                if digest != wanted[name][0]
+                if digest != wanted[name].sha256
             }
     if not changes:
         return None

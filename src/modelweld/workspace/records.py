@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from modelweld.errors import WorkspaceError
+from modelweld.formats.record import PREFIX, RunRecord
 from modelweld.workspace.git import git, identity, line, read_file, try_git
-
-PREFIX = "merge-run"
-SCHEMA = "modelweld.record/1"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished run: its tag, the commit behind it, and what the tag's message says.
-
-    `root` is the project's directory, `lock_digest` the SHA-256 of dvc.lock, `verdict` that of the validation gate.
-    """
+    """One finished run: its tag, the commit behind it, and what the tag's message says. `root` is the project's."""
 
     tag: str
     commit: str
-    run_id: str
-    name: str
-    lock_digest: str
-    verdict: str | None
-    modelweld: str
-    flow_run_id: str | None
-    dirty: bool
+    message: RunRecord
     root: Path
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.message.name
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, which begins with its time."""
+        return self.message.run_id
+
+    @property
+    def lock_digest(self) -> str:
+        """The SHA-256 of dvc.lock."""
+        return self.message.lock_digest
+
+    @property
+    def verdict(self) -> Literal["pass", "fail"] | None:
+        """The verdict of the validation gate; None when the graph has no gate."""
+        return self.message.verdict
+
+    @property
+    def flow_run_id(self) -> str | None:
+        """The flow run that made it; None for one that was made by hand."""
+        return self.message.flow_run_id
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the run had uncommitted changes."""
+        return self.message.dirty
 
     @property
     def address(self) -> str:
@@ -59,20 +77,10 @@ class Record:
         listed = git(self.root, "ls-tree", "-r", "-z", "--name-only", self.commit, f"./{folder}/").decode()
         return sorted(path for path in listed.split("\0") if path)
 
-    def as_dict(self) -> dict[str, Any]:
-        """What --json prints and other rooms store."""
-        return {
-            "tag": self.tag,
-            "commit": self.commit,
-            "run_id": self.run_id,
-            "name": self.name,
-            "lock_digest": self.lock_digest,
-            "verdict": self.verdict,
-            "modelweld": self.modelweld,
-            "flow_run_id": self.flow_run_id,
-            "dirty": self.dirty,
-            "address": self.address,
-        }
+    def data(self) -> dict[str, Any]:
+        """What --json prints of it."""
+        message = {key: value for key, value in self.message.data().items() if key != "schema"}
+        return {"tag": self.tag, "commit": self.commit, **message, "address": self.address}
 
 
 def write(
@@ -82,7 +90,7 @@ def write(
     name: str,
     run_id: str,
     files: Iterable[str],
-    verdict: str | None,
+    verdict: Literal["pass", "fail"] | None,
     flow_run_id: str | None,
     dirty: bool,
 ) -> Record:
@@ -93,17 +101,15 @@ def write(
     lock = tree / "dvc.lock"
     if not lock.is_file():
         raise WorkspaceError("no dvc.lock: nothing was run here", where=str(tree), hint="run the stages first")
-    said = {
-        "schema": SCHEMA,
-        "name": name,
-        "run_id": run_id,
-        "lock_digest": "sha256:" + hashlib.sha256(lock.read_bytes()).hexdigest(),
-        "verdict": verdict,
-        "modelweld": version("modelweld"),
-        "flow_run_id": flow_run_id,
-        "dirty": dirty,
-    }
-    subject = f"{PREFIX}: {name} {run_id}"
+    message = RunRecord(
+        name=name,
+        run_id=run_id,
+        lock_digest="sha256:" + hashlib.sha256(lock.read_bytes()).hexdigest(),
+        verdict=verdict,
+        modelweld=version("modelweld"),
+        flow_run_id=flow_run_id,
+        dirty=dirty,
+    )
     with tempfile.TemporaryDirectory(prefix="modelweld-index-") as folder:
         who = identity(tree)
         index = {**who, "GIT_INDEX_FILE": str(Path(folder) / "index")}
@@ -112,10 +118,11 @@ def write(
         wanted = "\0".join(sorted(set(files) | {"dvc.lock"})).encode()
         git(tree, "add", "--force", "--pathspec-from-file=-", "--pathspec-file-nul", stdin=wanted, environment=index)
         content = git(tree, "write-tree", environment=index).decode().strip()
-        commit = git(tree, "commit-tree", content, "-p", "HEAD", "-m", subject, environment=index).decode().strip()
+        commit = (
+            git(tree, "commit-tree", content, "-p", "HEAD", "-m", message.subject, environment=index).decode().strip()
+        )
     tag = f"{PREFIX}/{name}/{run_id}"
-    message = f"{subject}\n\n{json.dumps(said, indent=2, sort_keys=True)}\n"
-    git(tree, "tag", "--annotate", "--file=-", tag, commit, stdin=message.encode(), environment=who)
+    git(tree, "tag", "--annotate", "--file=-", tag, commit, stdin=message.to_message().encode(), environment=who)
     return read(root, tag)
 
 
@@ -126,29 +133,7 @@ def read(root: Path, tag: str) -> Record:
     if commit is None:
         raise WorkspaceError(f"no record {tag!r}", where=str(root), hint=f"`git tag --list '{PREFIX}/*'` lists them")
     body = line(root, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
-    said: dict[str, Any] | None = None
-    if "{" in body:
-        try:
-            # A signature may follow the document.
-            said, _ = json.JSONDecoder().raw_decode(body[body.index("{") :])
-        except json.JSONDecodeError:
-            said = None
-    if said is None or said.get("schema") != SCHEMA:
-        raise WorkspaceError(
-            "this tag is not the record of a run", where=tag, hint=f"name a tag under {PREFIX}/<name>/<run-id>"
-        )
-    return Record(
-        tag=tag,
-        commit=commit,
-        run_id=said["run_id"],
-        name=said["name"],
-        lock_digest=said["lock_digest"],
-        verdict=said["verdict"],
-        modelweld=said["modelweld"],
-        flow_run_id=said["flow_run_id"],
-        dirty=said["dirty"],
-        root=root,
-    )
+    return Record(tag, commit, RunRecord.from_message(body, tag), root)
 
 
 def tags(root: Path, name: str | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from modelweld.errors import WorkspaceError
+from modelweld.formats.record import PREFIX
 from modelweld.workspace import records
 from modelweld.workspace.git import git, read_file, try_git
 from modelweld.workspace.processes import LineCallback
@@ -197,7 +198,7 @@ class Project:
 
     def record(self, tag: str) -> Record:
         """The record behind a tag, with or without its `merge-run/` prefix; WorkspaceError when there is none."""
-        return records.read(self.root, tag if tag.startswith(f"{records.PREFIX}/") else f"{records.PREFIX}/{tag}")
+        return records.read(self.root, tag if tag.startswith(f"{PREFIX}/") else f"{PREFIX}/{tag}")
 
     def latest_record(self, name: str | None = None) -> Record | None:
         """The newest record of a model, None before its first run."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from modelweld import settings, stage_errors
 from modelweld.errors import GateRefused, WorkspaceError
+from modelweld.formats.gate import Gate
 from modelweld.workspace import failures, graph, processes, records
 from modelweld.workspace.processes import LineCallback
 from modelweld.workspace.records import Record
@@ -94,13 +94,10 @@ class Worktree:
         if ended.code != 0:
             raise failures.of_push(ended)
 
-    def gate_verdict(self) -> str | None:
+    def gate_verdict(self) -> Literal["pass", "fail"] | None:
         """What the validation gate said, None when this graph has no gate."""
-        gate = self.path / "validation" / "gate.json"
-        if not gate.is_file():
-            return None
-        said: str | None = json.loads(gate.read_text(encoding="utf-8")).get("verdict")
-        return said
+        gate = Gate.read_if_present(self.path / "validation" / "gate.json")
+        return None if gate is None else gate.verdict
 
     def record(self, *, flow_run_id: str | None = None) -> Record:
         """Commit the lock, the parameters, the gate and the scores beside main, under an annotated tag.

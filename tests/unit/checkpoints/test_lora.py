@@ -105,7 +105,7 @@ def test_a_kept_adapter_loads_with_peft_and_is_what_is_folded(tmp_path: Path, me
     assert all(torch.allclose(state[name], tensor, atol=1e-5) for name, tensor in folded.items())
     assert not torch.allclose(folded[QUERY], weights_of(root / "base")[QUERY], atol=1e-4)
     assert manifest.verify(root / "kept") == []
-    recorded = manifest.read(root / "folded")["tensors"]
+    recorded = manifest.read(root / "folded").data()["tensors"]
     assert recorded[QUERY]["route"] == "factors"
     assert recorded["model.norm.weight"]["reason"] == "no adapter changes it"
 
@@ -141,7 +141,7 @@ def test_adapters_and_whole_models_mix(tmp_path: Path, method: str) -> None:
     for name, tensor in dense.items():
         # The whole model is rounded to float32, so an entry at a threshold may fall on its other side.
         assert (mixed[name] - tensor).norm() <= 1e-3 * (tensor - weights_of(root / "base")[name]).norm() + 1e-5, name
-    assert manifest.read(root / "mixed")["tensors"][QUERY]["route"] == "densified"
+    assert manifest.read(root / "mixed").data()["tensors"][QUERY]["route"] == "densified"
     with pytest.raises(ConfigError, match="the result is no adapter: e1 is a whole model"):
         merge(recipe(root, method, experts=2, output={"adapter": "keep"}), root / "kept")
 
@@ -225,7 +225,7 @@ def test_half_precision_bases_and_threads_leave_adapters_exact(tmp_path: Path) -
     merge(recipe(root, "drm", experts=2), root / "one", threads=1)
     merge(recipe(root, "drm", experts=2), root / "two", threads=2)
     assert tree_bytes(root / "one") == tree_bytes(root / "two")
-    assert manifest.read(root / "one")["notes"] == []
+    assert manifest.read(root / "one").data()["notes"] == []
 
 
 @pytest.mark.parametrize(("method", "warned"), [("drm", True), ("ties", False)])
@@ -240,7 +240,7 @@ def test_an_adapter_that_was_folded_into_half_precision_is_told_by_name(
         folded = load(root / f"a{number}", base=root / "base").bfloat16()
         folded.save_pretrained(root / f"e{number}")
     merge(recipe(root, method, experts=2), root / "out")
-    notes = manifest.read(root / "out")["notes"]
+    notes = manifest.read(root / "out").data()["notes"]
     told = [f"e{number} looks like an adapter of rank 8 or so" for number in range(2)]
     assert [note[: len(told[0])] for note in notes] == (told if warned else [])
 
@@ -253,4 +253,4 @@ def test_adapters_of_one_base_are_aligned_already(tmp_path: Path) -> None:
     merge(recipe(root, "average", experts=2), root / "plain")
     aligned, plain = weights_of(root / "aligned"), weights_of(root / "plain")
     assert all(torch.allclose(aligned[name], tensor, atol=1e-6) for name, tensor in plain.items())
-    assert any("aligned already" in note for note in manifest.read(root / "aligned")["notes"])
+    assert any("aligned already" in note for note in manifest.read(root / "aligned").data()["notes"])

@@ -86,7 +86,7 @@ def test_every_method_runs_and_equals_itself_on_the_stack(tmp_path: Path, name: 
     experts = min(3, chosen.models[1] or 3)
     root = write_family(tmp_path, experts=experts)
     merge(recipe(root, name, experts=experts), tmp_path / "out")
-    document = manifest.read(tmp_path / "out")
+    document = manifest.read(tmp_path / "out").data()
     tensor = "model.layers.0.mlp.down_proj.weight"
     base, stack = deltas(root, tensor, experts)
     digests = tuple(document["parents"]["experts"][f"e{i}"]["tensors"][tensor] for i in range(experts))
@@ -206,11 +206,11 @@ def test_an_output_with_foreign_files_is_refused_an_own_one_replaced(tmp_path: P
     root = write_family(tmp_path)
     merge(recipe(root, "average"), tmp_path / "out")
     merge(recipe(root, "ties"), tmp_path / "out")
-    assert manifest.read(tmp_path / "out")["recipe"]["method"] == "ties"
+    assert manifest.read(tmp_path / "out").data()["recipe"]["method"] == "ties"
     (tmp_path / "out" / "model-00002-of-00002.safetensors").write_bytes(b"stale")
     with pytest.raises(ConfigError, match=r"no merge wrote, first model-00002-of-00002"):
         merge(recipe(root, "average"), tmp_path / "out")
-    assert manifest.read(tmp_path / "out")["recipe"]["method"] == "ties"
+    assert manifest.read(tmp_path / "out").data()["recipe"]["method"] == "ties"
     (tmp_path / "plain").mkdir()
     merge(recipe(root, "average"), tmp_path / "plain")
     (tmp_path / "file").touch()
@@ -302,7 +302,7 @@ def test_rules_decide_in_order(tmp_path: Path) -> None:
     origin, stack = deltas(root, "model.layers.0.self_attn.q_proj.weight")
     assert torch.allclose(merged["model.layers.0.self_attn.q_proj.weight"].double(), origin + stack.mean(0), atol=1e-6)
     assert "lm_head.weight" not in merged
-    document = manifest.read(tmp_path / "out")
+    document = manifest.read(tmp_path / "out").data()
     assert document["left_out"] == {"lm_head.weight": "skipped by a rule"}
     assert document["tensors"]["model.layers.1.self_attn.q_proj.weight"]["reason"] == "rule 1"
 
@@ -316,7 +316,7 @@ def test_integers_and_buffers_come_from_the_base(tmp_path: Path) -> None:
     merged = weights_of(tmp_path / "out")
     assert torch.equal(merged["ids"], torch.arange(4))
     assert torch.equal(merged["bn.running_mean"], torch.zeros(4))
-    assert manifest.read(tmp_path / "out")["tensors"]["ids"]["action"] == "copy"
+    assert manifest.read(tmp_path / "out").data()["tensors"]["ids"]["action"] == "copy"
     use = [{"match": {"name": "ids"}, "use": {"method": "average"}}]
     with pytest.raises(ConfigError, match=r"int64 cannot be merged"):
         merge(recipe(root, "task_arithmetic", rules=use), tmp_path / "other")
@@ -325,7 +325,7 @@ def test_integers_and_buffers_come_from_the_base(tmp_path: Path) -> None:
 def test_rounding_is_reported_and_norms_are_kept_where_halves_would_lose_them(tmp_path: Path) -> None:
     root = write_family(tmp_path, dtype=torch.bfloat16)
     report = merge(recipe(root, "task_arithmetic", weights=[0.3, 0.3, 0.3]), tmp_path / "auto")
-    merged, tensors = weights_of(tmp_path / "auto"), manifest.read(tmp_path / "auto")["tensors"]
+    merged, tensors = weights_of(tmp_path / "auto"), manifest.read(tmp_path / "auto").data()["tensors"]
     assert merged["model.norm.weight"].dtype == torch.float32
     assert merged["lm_head.weight"].dtype == torch.bfloat16
     assert tensors["model.norm.weight"]["delta_survival"] == 1.0
@@ -359,7 +359,9 @@ def test_tied_weights_are_merged_once_and_stay_tied(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "e1" / "model.safetensors", metadata={"format": "pt"})
     merge(recipe(tmp_path, "ties", experts=2), tmp_path / "out")
     assert "lm_head.weight" not in weights_of(tmp_path / "out")
-    assert manifest.read(tmp_path / "out")["left_out"] == {"e1:lm_head.weight": "tied to model.embed_tokens.weight"}
+    assert manifest.read(tmp_path / "out").data()["left_out"] == {
+        "e1:lm_head.weight": "tied to model.embed_tokens.weight"
+    }
     model = modelweld.load(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     stored["lm_head.weight"] += 1
@@ -385,7 +387,7 @@ def test_conv1d_is_merged_by_meaning_and_packed_projections_part_by_part(tmp_pat
     base, stack = deltas(tmp_path, "transformer.h.0.attn.c_attn.weight")
     parts = [drm.merge(part.mT.contiguous(), direction=direction).mT for part in stack.split(16, dim=2)]
     assert torch.allclose(merged["transformer.h.0.attn.c_attn.weight"].double(), base + torch.cat(parts, 1), atol=1e-6)
-    recorded = manifest.read(tmp_path / "out")["tensors"]["transformer.h.0.attn.c_attn.weight"]
+    recorded = manifest.read(tmp_path / "out").data()["tensors"]["transformer.h.0.attn.c_attn.weight"]
     assert recorded["stored_transposed"]
     assert recorded["packed"] == {"groups": 1, "sizes": [16, 16, 16]}
 
@@ -507,9 +509,9 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
 def test_a_plan_says_what_a_merge_then_does(tmp_path: Path) -> None:
     root = write_family(tmp_path)
     estimate = plan(recipe(root, "drm"), tmp_path / "out", threads=2)
-    document = estimate.document()
+    document = estimate.data()
     merge(recipe(root, "drm"), tmp_path / "out")
-    written = manifest.read(tmp_path / "out")["tensors"]
+    written = manifest.read(tmp_path / "out").data()["tensors"]
     assert {t["name"]: (t["method"], t["dtype"], t["reason"]) for t in document["tensors"]} == {
         name: (entry["method"], entry["dtype"], entry["reason"]) for name, entry in written.items()
     }
@@ -541,7 +543,7 @@ def test_the_command_reports_and_refuses_with_the_designed_codes(tmp_path: Path)
 
     done = weld("merge", "recipe.yaml", "out", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model_digest"] == manifest.read(root / "out")["output"]["model_digest"]
+    assert json.loads(done.stdout)["model_digest"] == manifest.read(root / "out").data()["output"]["model_digest"]
     planned = weld("plan", "recipe.yaml", "--json")
     assert planned.returncode == 0, planned.stderr
     assert len(json.loads(planned.stdout)["tensors"]) == len(LLAMA_SHAPES)

@@ -81,7 +81,7 @@ def test_what_goes_to_a_device_comes_back_as_if_it_had_stayed(
     merge(recipe(root, name), tmp_path / "here", threads=1)
     for tensor, values in weights_of(tmp_path / "here").items():
         assert torch.equal(weights_of(tmp_path / "away")[tensor], values), tensor
-    away, here = (manifest.read(tmp_path / out)["tensors"] for out in ("away", "here"))
+    away, here = (manifest.read(tmp_path / out).data()["tensors"] for out in ("away", "here"))
     for key in ("rank", "kept_share", "sign_conflicts", "direction"):
         assert {n: entry.get(key) for n, entry in away.items()} == {n: entry.get(key) for n, entry in here.items()}
 
@@ -109,7 +109,7 @@ def test_chunks_are_halved_until_they_fit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     merge(recipe(root, "dare"), tmp_path / "ample", threads=1)
     assert torch.equal(weights_of(tmp_path / "short")[LARGE], weights_of(tmp_path / "ample")[LARGE])
-    recorded = manifest.read(tmp_path / "short")["tensors"][LARGE]
+    recorded = manifest.read(tmp_path / "short").data()["tensors"][LARGE]
     assert "device" not in recorded, "smaller blocks change no byte, so they are no part of what the merge is"
 
 
@@ -145,7 +145,7 @@ def test_a_matrix_that_does_not_fit_is_merged_on_the_cpu_and_the_report_says_so(
     assert report.notes == (f"the device's memory ran out: 1 tensors were merged on the CPU, first {MATRIX}",)
     merge(recipe(root, "drm"), tmp_path / "ample", threads=1)
     assert torch.equal(weights_of(tmp_path / "short")[MATRIX], weights_of(tmp_path / "ample")[MATRIX])
-    recorded = manifest.read(tmp_path / "short")["tensors"]
+    recorded = manifest.read(tmp_path / "short").data()["tensors"]
     assert [name for name, entry in recorded.items() if entry.get("device") == "cpu"] == [MATRIX]
 
 

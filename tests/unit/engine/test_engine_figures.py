@@ -20,7 +20,7 @@ KEYS = {"rank", "direction", "kept_share", "sign_conflicts", "interference"}
 
 
 def of(directory: Path, tensor: str = MATRIX) -> dict[str, object]:
-    entry = manifest.read(directory)["tensors"][tensor]
+    entry = manifest.read(directory).data()["tensors"][tensor]
     return {key: entry[key] for key in KEYS if key in entry}
 
 
@@ -112,9 +112,9 @@ def test_the_card_and_the_report_sum_it_up(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "4 linear tensors: drm (rank 16, 20." in card
     assert "of the entries kept" in card
-    titles = [series.title for series in layer_series(manifest.read(tmp_path / "out"))]
+    titles = [series.title for series in layer_series(manifest.read(tmp_path / "out").tensors)]
     assert [title.partition(":")[0] for title in titles] == ["delta survival", "sign conflicts", "kept share"]
-    assert len(manifest.read(tmp_path / "out")["tensors"]) == len(LLAMA_SHAPES)
+    assert len(manifest.read(tmp_path / "out").data()["tensors"]) == len(LLAMA_SHAPES)
 
 
 def test_the_parts_of_a_packed_weight_are_told_together() -> None:

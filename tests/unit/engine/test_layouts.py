@@ -164,7 +164,7 @@ def test_ties_of_real_families_hold_after_a_merge(tmp_path: Path, kind: str) -> 
 def test_what_drm_does_not_take_is_named_with_what_takes_it(tmp_path: Path, kind: str) -> None:
     write_family(tmp_path, kind)
     merge(recipe(tmp_path, "drm", experts=2, drop_rate=0.5), tmp_path / "out")
-    tensors = manifest.read(tmp_path / "out")["tensors"]
+    tensors = manifest.read(tmp_path / "out").data()["tensors"]
     roles = {(entry["role"], entry["method"]) for entry in tensors.values()}
     assert all((method == "drm") == (role == "linear") for role, method in roles if method)
     assert {"t5": ("embedding", "ties"), "resnet": ("convolution", "ties"), "convnext": ("convolution", "ties")}.get(

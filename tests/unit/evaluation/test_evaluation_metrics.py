@@ -15,7 +15,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import accuracy_score, f1_score
 
 from modelweld.errors import InputError
-from modelweld.evaluation import Scoreboard, TaskScores, read_scores, scoreboard, write_scores
+from modelweld.evaluation import Interval, Scoreboard, TaskScores, scoreboard
 from modelweld.evaluation.labels import Classes
 from modelweld.evaluation.metrics import Resampling, macro_f1, score_systems
 from modelweld.evaluation.significance import mcnemar
@@ -36,7 +36,15 @@ def drawn(rows: int = 400, classes: int = 4, seed: int = 0) -> tuple[Classes, di
 def scored(resampling: Resampling = RESAMPLING, **options: int) -> TaskScores:
     truth, guesses = drawn(**options)
     systems = score_systems(truth, guesses, dict.fromkeys(guesses, "digest"), "accuracy", resampling, "task t")
-    return TaskScores("t", "data", len(truth), "accuracy", resampling.confidence, resampling.resamples, systems)
+    return TaskScores(
+        task="t",
+        dataset_digest="data",
+        rows=len(truth),
+        metric="accuracy",
+        confidence=resampling.confidence,
+        bootstrap=resampling.resamples,
+        systems=systems,
+    )
 
 
 def test_values_are_those_of_scikit_learn() -> None:
@@ -52,7 +60,7 @@ def test_intervals_agree_with_scipy() -> None:
     for metric, statistic in {
         "accuracy": lambda rows: accuracy_score(truth[rows], guesses["merged"][rows]),
         "macro_f1": lambda rows: f1_score(truth[rows], guesses["merged"][rows], average="macro"),
-        "normalised": lambda rows: (
+        "relative": lambda rows: (
             accuracy_score(truth[rows], guesses["merged"][rows]) / accuracy_score(truth[rows], guesses["expert"][rows])
         ),
     }.items():
@@ -72,7 +80,7 @@ def test_intervals_agree_with_scipy() -> None:
 
 def test_the_expert_is_exactly_its_own_measure() -> None:
     expert = scored().systems["expert"]
-    assert (expert.normalised.value, expert.normalised.low, expert.normalised.high) == (1.0, 1.0, 1.0)
+    assert expert.relative == Interval(value=1.0, low=1.0, high=1.0)
     assert expert.versus_expert.p_value == 1.0
 
 
@@ -80,7 +88,7 @@ def test_pairing_makes_the_share_surer_than_two_separate_samples_would() -> None
     truth, guesses = drawn(rows=1000)
     guesses["merged"] = np.where(np.arange(1000) % 50 == 0, (truth + 1) % 4, guesses["expert"])
     merged = score_systems(truth, guesses, dict.fromkeys(guesses, ""), "accuracy", RESAMPLING, "t")["merged"]
-    share = merged.normalised.high - merged.normalised.low
+    share = merged.relative.high - merged.relative.low
     alone = merged.accuracy.high - merged.accuracy.low
     assert share < alone / 1.5
 
@@ -101,7 +109,7 @@ def test_seeds_change_intervals_only() -> None:
 def test_without_resampling_there_are_no_intervals() -> None:
     merged = scored(Resampling(0, 0.95, 0)).systems["merged"]
     assert (merged.accuracy.low, merged.accuracy.high) == (None, None)
-    assert merged.normalised.value > 0.5
+    assert merged.normalised > 0.5
 
 
 def test_macro_f1_averages_over_the_classes_of_the_truth() -> None:
@@ -139,15 +147,15 @@ def test_mcnemar_is_the_exact_binomial(only_this: int, only_expert: int) -> None
 
 def board(tmp_path: Path) -> Scoreboard:
     for task, seed in {"b": 1, "a": 2}.items():
-        write_scores(dataclasses.replace(scored(seed=seed), task=task), tmp_path / "scores" / f"{task}.json")
+        scored(seed=seed).model_copy(update={"task": task}).write(tmp_path / "scores" / f"{task}.json")
     return scoreboard(tmp_path)
 
 
 def test_scores_survive_the_file(tmp_path: Path) -> None:
     scores = scored()
     path = tmp_path / "scores" / "t.json"
-    write_scores(scores, path)
-    assert read_scores(path) == scores
+    scores.write(path)
+    assert TaskScores.read(path) == scores
     document = json.loads(path.read_text())
     assert isinstance(document["systems"]["merged"]["normalised"], float)
     assert document["version"] == 1
@@ -160,10 +168,9 @@ def test_the_scoreboard_holds_means_and_worst_tasks(tmp_path: Path) -> None:
     shares = found.normalised("merged")
     assert found.mean("merged") == pytest.approx((shares["a"] + shares["b"]) / 2)
     assert found.worst("merged") == min(((task, share) for task, share in shares.items()), key=lambda pair: pair[1])
-    document = found.to_dict()
+    document = found.summary().data()
     assert document["systems"]["merged"]["mean_normalised"] == found.mean("merged")
     assert json.loads(json.dumps(document)) == document
-    assert found.documents()["a"] == json.loads((tmp_path / "scores" / "a.json").read_text())
     assert list(scoreboard(tmp_path, ["b"]).tasks) == ["b"]
 
 
@@ -173,7 +180,7 @@ def test_the_scoreboard_refuses_what_does_not_fit_together(tmp_path: Path) -> No
     intact = path.read_text()
     with pytest.raises(InputError, match="no system named 'champion'"):
         scoreboard(tmp_path).mean("champion")
-    with pytest.raises(InputError, match="no such scores"):
+    with pytest.raises(InputError, match="no readable scores file"):
         scoreboard(tmp_path, ["nowhere"])
     with pytest.raises(InputError, match="no scores here"):
         scoreboard(tmp_path / "elsewhere")
@@ -187,7 +194,7 @@ def test_the_scoreboard_refuses_what_does_not_fit_together(tmp_path: Path) -> No
     with pytest.raises(InputError, match="different metrics: accuracy, macro_f1"):
         scoreboard(tmp_path)
     path.write_text(json.dumps(json.loads(intact) | {"version": 2}))
-    with pytest.raises(InputError, match="scores of version 2"):
+    with pytest.raises(InputError, match="version is 2, known is 1"):
         scoreboard(tmp_path)
     for spoilt in ("{", "[]", "{}", '{"version": 1, "systems": {"x": {}}}'):
         path.write_text(spoilt)

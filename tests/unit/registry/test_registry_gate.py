@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
 from modelweld.config import Register
-from modelweld.registry.gate import condensed, decide, mean_normalised
+from modelweld.formats.scores import RegisteredScores, TaskScores
+from modelweld.registry.gate import decide, mean_normalised
+from tests.support.scores import system_scores, task_scores
 
 THRESHOLDS = Register(min_relative=0.7, champion_margin=0.01)
 
 
-def board(digest: str = "d", **relative: float | None) -> dict[str, dict[str, Any]]:
-    return {
-        task: {"metric": "accuracy", "dataset_digest": digest, "systems": {"merged": {"normalised": value}, "base": {}}}
-        for task, value in relative.items()
-    }
+def board(digest: str = "d", **relative: float | None) -> dict[str, TaskScores]:
+    found = {}
+    for task, value in relative.items():
+        systems = {"base": system_scores(0.1, 0.2)} | ({} if value is None else {"merged": system_scores(0.5, value)})
+        found[task] = task_scores(task, systems, dataset_digest=digest)
+    return found
 
 
 def test_every_task_must_reach_its_share_of_the_expert() -> None:
@@ -60,8 +62,10 @@ def test_a_champion_with_other_tasks_or_other_rows_is_said() -> None:
     assert "other rows" in decide(board(news=0.9), board("e", news=0.9), THRESHOLDS).explain()
 
 
-def test_a_condensed_scoreboard_decides_alike() -> None:
+def test_what_a_version_remembers_of_its_scores_decides_alike() -> None:
     champion, mine = board(news=0.8, spam=1.0), board(news=0.9, spam=0.85)
     whole = decide(mine, champion, THRESHOLDS)
-    assert decide(condensed(mine), condensed(champion), THRESHOLDS) == whole
-    assert mean_normalised(condensed(mine)) == pytest.approx(0.875)
+    kept = [{task: RegisteredScores.of(one) for task, one in scores.items()} for scores in (mine, champion)]
+    assert decide(*kept, THRESHOLDS) == whole
+    assert mean_normalised(kept[0]) == pytest.approx(0.875)
+    assert set(kept[0]["news"].systems) == {"merged"}

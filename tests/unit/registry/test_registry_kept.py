@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from modelweld.errors import InputError
-from modelweld.registry.address import DvcAddress
+from modelweld.formats.address import DvcAddress
 from modelweld.registry.registration import Registration, register
+from tests.support.manifests import manifest_of
 
 
 def test_a_merge_kept_as_an_adapter_is_refused_before_mlflow_is_asked(tmp_path: Path) -> None:
@@ -19,9 +20,9 @@ def test_a_merge_kept_as_an_adapter_is_refused_before_mlflow_is_asked(tmp_path: 
         recorded_at=datetime(2026, 1, 1, tzinfo=UTC),
         commit="0" * 40,
         source_commit=None,
-        address=DvcAddress(str(tmp_path), "0" * 40, "merged", "0" * 32, "0" * 64),
-        manifest={"recipe": {"method": "drm", "output": {"adapter": "keep"}}},
-        scoreboard={},
+        address=DvcAddress(repo=str(tmp_path), rev="0" * 40, path="merged", md5="0" * 32, manifest_sha256="0" * 64),
+        manifest=manifest_of(recipe={"method": "drm", "models": {}, "order": [], "output": {"adapter": "keep"}}),
+        scores={},
         parents=(),
         params={},
         tasks={},

@@ -31,8 +31,9 @@ def repository(tmp_path: Path) -> Path:
 
 
 def add(ledger: Ledger, version: int, actor: str = "ada") -> str:
-    event = {"event": "promoted", "model_version": version, "aliases": {"champion": version}}
-    return ledger.append(event, at=NOW, actor=actor).digest
+    event = {"event": "promoted", "model_version": version, "before": {}, "aliases": {"champion": version}}
+    evidence = {"record": "merge-run/demo/1", "manifest_sha256": "0" * 64, "gate": "passed"}
+    return ledger.append(event | evidence, at=NOW, actor=actor).digest
 
 
 def rewrite(ledger: Ledger, change: Callable[[str], str]) -> None:
@@ -59,6 +60,10 @@ def test_events_are_numbered_chained_and_readable_without_modelweld(repository: 
         "model": "demo",
         "event": "promoted",
         "model_version": 2,
+        "record": "merge-run/demo/1",
+        "manifest_sha256": "0" * 64,
+        "gate": "passed",
+        "before": {},
         "aliases": {"champion": 2},
         "sequence": 2,
         "previous": None,

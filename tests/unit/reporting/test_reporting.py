@@ -13,11 +13,15 @@ import pytest
 from rich.console import Console
 
 from modelweld.errors import InputError
+from modelweld.formats.manifest import MergedTensor
+from modelweld.formats.scores import Cell, Interval, PairedTest, Summary, SystemSummary, TaskSummary
 from modelweld.reporting import plot_layers, plot_scores, score_table, write_report
 from modelweld.reporting.behaviour import behaviour
 from modelweld.reporting.layers import layer_series
 from modelweld.reporting.plots import colours
 from modelweld.reporting.tables import task_table
+from tests.support.manifests import expert, manifest_of, tensor
+from tests.support.scores import system_scores, task_scores
 
 ORDER = ["base", "expert", "average", "merged"]
 
@@ -28,37 +32,37 @@ class Board:
     def __init__(self, *, intervals: bool = True, tasks: int = 2, order: list[str] = ORDER) -> None:
         self.intervals, self.tasks, self.order = intervals, [f"task{index}" for index in range(tasks)], order
 
-    def interval(self, value: float) -> dict[str, float | None]:
+    def interval(self, value: float) -> Interval:
         low, high = (value - 0.02, value + 0.01) if self.intervals else (None, None)
-        return {"value": value, "low": low, "high": high}
+        return Interval(value=value, low=low, high=high)
 
-    def to_dict(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         scores = {"base": 0.2, "expert": 0.8, "average": 0.6, "merged": 0.84}
         systems = {}
         for system in self.order:
             value = scores.get(system, 0.5)
-            test = {"only_this": 9, "only_expert": 1, "p_value": 0.021}
+            test = PairedTest(only_this=9, only_expert=1, p_value=0.021)
             if value < 0.8:
-                test = {"only_this": 1, "only_expert": 30, "p_value": 3e-8}
+                test = PairedTest(only_this=1, only_expert=30, p_value=3e-8)
             if system == "expert":
-                test = {"only_this": 0, "only_expert": 0, "p_value": 1.0}
-            cell = {
-                "score": self.interval(value),
-                "accuracy": self.interval(value),
-                "macro_f1": self.interval(value),
-                "normalised": self.interval(value / 0.8),
-                "versus_expert": test,
-                "model_digest": "d",
-            }
-            systems[system] = {
-                "mean_normalised": value / 0.8,
-                "worst_task": self.tasks[0],
-                "worst_normalised": value / 0.8 - 0.1,
-                "tasks": dict.fromkeys(self.tasks, cell),
-            }
-        about = {"rows": 1234, "dataset_digest": "d", "confidence": 0.95}
+                test = PairedTest(only_this=0, only_expert=0, p_value=1.0)
+            cell = Cell(
+                score=self.interval(value),
+                accuracy=self.interval(value),
+                macro_f1=self.interval(value),
+                normalised=self.interval(value / 0.8),
+                versus_expert=test,
+                model_digest="d",
+            )
+            systems[system] = SystemSummary(
+                mean_normalised=value / 0.8,
+                worst_task=self.tasks[0],
+                worst_normalised=value / 0.8 - 0.1,
+                tasks=dict.fromkeys(self.tasks, cell),
+            )
+        about = TaskSummary(rows=1234, dataset_digest="d", confidence=0.95)
         tasks = dict.fromkeys(self.tasks, about)
-        return {"metric": "macro_f1", "order": self.order, "tasks": tasks, "systems": systems}
+        return Summary(metric="macro_f1", order=tuple(self.order), tasks=tasks, systems=systems)
 
 
 def shown(renderable: Any, width: int = 120) -> str:
@@ -87,16 +91,11 @@ def test_the_table_loses_no_figure_in_eighty_columns() -> None:
 
 @pytest.mark.parametrize("compared", [True, False])
 def test_the_table_of_one_task(compared: bool) -> None:
-    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
-    entry = {
-        "accuracy": interval,
-        "macro_f1": {"value": 0.25, "low": None, "high": None},
-        "normalised": 0.625,
-        "versus_expert": {"p_value": 0.00012},
-    }
+    test = PairedTest(only_this=1, only_expert=9, p_value=0.00012)
+    entry = system_scores(0.5, 0.625, test=test).model_copy(update={"macro_f1": Interval(value=0.25)})
     systems = {"expert": entry, "model": entry} if compared else {"model": entry}
-    text = shown(task_table({"task": "mails", "rows": 10, "confidence": 0.95, "systems": systems}))
-    assert "50.0  40.0–60.0" in text
+    text = shown(task_table(task_scores("mails", systems)))
+    assert "50.0  45.0–55.0" in text
     assert "25.0" in text
     assert ("0.00012" in text) is compared
 
@@ -126,26 +125,26 @@ def test_base_expert_and_merged_keep_their_colours() -> None:
     assert len(set(many.values())) == 6
 
 
-def manifest(**figures: float) -> dict[str, Any]:
-    tensors: dict[str, Any] = {
-        f"encoder.layer.{layer}.{part}.weight": {"delta_survival": 0.9 + layer / 1000 + offset}
+def tensors(**figures: float) -> dict[str, MergedTensor]:
+    found = {
+        f"encoder.layer.{layer}.{part}.weight": tensor(delta_survival=0.9 + layer / 1000 + offset)
         for layer in (0, 2, 10)
         for part, offset in (("query", 0.0), ("key", 0.02))
     }
-    tensors["embeddings.word_embeddings.weight"] = {"delta_survival": None}
-    tensors["embeddings.LayerNorm.weight"] = {"delta_survival": 0.5}
-    tensors["pooler.dense.weight"] = {"delta_survival": 1.0} | figures
-    return {"tensors": tensors}
+    found["embeddings.word_embeddings.weight"] = tensor()
+    found["embeddings.LayerNorm.weight"] = tensor(delta_survival=0.5)
+    found["pooler.dense.weight"] = tensor(delta_survival=1.0, **figures)
+    return manifest_of(tensors=found).tensors
 
 
 def test_layers_are_gathered_in_their_order(tmp_path: Path) -> None:
-    (series,) = layer_series(manifest())
+    (series,) = layer_series(tensors())
     assert series.groups == ("embeddings", "0", "2", "10", "pooler")
     assert series.mean == pytest.approx((0.5, 0.91, 0.912, 0.92, 1.0))
     assert series.low[1:4] == pytest.approx((0.9, 0.902, 0.91))
     assert series.high[1:4] == pytest.approx((0.92, 0.922, 0.93))
-    assert len(layer_series(manifest(sign_conflicts=0.3))) == 2
-    assert layer_series({"tensors": {"a": {"delta_survival": None}, "b": {}}}) == []
+    assert len(layer_series(tensors(sign_conflicts=0.3))) == 2
+    assert layer_series(manifest_of(tensors={"a": tensor()}).tensors) == []
     assert (
         size(plot_layers([series, series], tmp_path / "two.png"))[1]
         > size(plot_layers([series], tmp_path / "1.png"))[1]
@@ -172,22 +171,17 @@ def test_behaviour_finds_the_classes_that_the_merge_loses(tmp_path: Path) -> Non
 def test_the_page_names_parents_as_they_were_pinned_and_escapes_them(tmp_path: Path) -> None:
     source = {
         "uri": "hf://org/mails<script>",
+        "resolved": "hf://org/mails@abc123",
         "revision": "abc123",
         "licence": "mit",
         "files": {"model.safetensors": {"sha256": "f" * 64, "size_bytes": 1}},
     }
-    document = {
-        "parents": {
-            "base": {"source": None, "tensors": {}},
-            "experts": {"mails": {"source": source, "weight": 0.5, "head": "mails", "tensors": {"a": "d"}}},
-        },
-        "recipe": {"method": "drm", "order": ["mails"]},
-        "tensors": {"a": {"role": "linear", "method": "drm"}, "b": {"role": "buffer", "method": None}},
-        "delta_survival": {"whole_model": 0.8712, "worst_tensor": 0.0},
-        "notes": ["one note"],
-        "environment": {"device": "cpu"},
-        "output": {"model_digest": "0123abcd"},
-    }
+    document = manifest_of(
+        parents={"base": {"source": None, "tensors": {}}, "experts": {"mails": expert(source=source)}},
+        tensors={"a": tensor(), "b": tensor(action="copy", role="buffer", method=None)},
+        delta_survival={"whole_model": 0.8712, "worst_tensor": 0.0},
+        notes=["one note"],
+    )
     page = write_report(tmp_path, Board(), name="weld", manifest=document).read_text(encoding="utf-8")
     assert "hf://org/mails&lt;script&gt;" in page
     assert "<script>" not in page

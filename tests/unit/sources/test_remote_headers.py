@@ -29,7 +29,7 @@ def peeked(root: Path, folder: Path, names: tuple[str, ...]) -> int:
 def documents(root: Path, **asked: Any) -> list[dict[str, Any]]:
     wanted = recipe(root, "drm", experts=2, others={"method": "average"}, **asked)
     with open_inputs(wanted) as inputs:
-        return [tensor.document() for tensor in build(wanted, inputs).tensors]
+        return [tensor.data() for tensor in build(wanted, inputs).tensors]
 
 
 @pytest.mark.parametrize("output", [{}, {"adapter": "keep"}])

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from modelweld.config import Params
 from modelweld.errors import CheckpointError, DiskFull, SourceError
-from modelweld.sources import Lock, PinnedFile, changes, fetch, pin, read_lock, resolve, write_lock
+from modelweld.sources import Lock, PinnedFile, changes, fetch, pin, resolve
 from modelweld.stages.fetch import fetch as stage
 
 
@@ -74,7 +74,7 @@ def test_a_lock_names_every_file_with_its_digest(project: Path) -> None:
         for name, digest in digests(project / "up/base").items()
     }
     assert set(written["pinned"]) == {"dataset-d", "model-base"}
-    assert read_lock(project / "sources.lock.json") == lock
+    assert Lock.read_if_present(project / "sources.lock.json") == lock
 
 
 def test_pinning_twice_writes_the_same_bytes_and_leaves_the_file_alone(project: Path) -> None:
@@ -354,7 +354,7 @@ def test_the_stage_without_a_lock_says_pin(tmp_path: Path) -> None:
 def test_a_broken_lock_is_not_taken_for_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "sources.lock.json").write_text(text)
     with pytest.raises(SourceError, match="not a lock"):
-        read_lock(tmp_path / "sources.lock.json")
+        Lock.read_if_present(tmp_path / "sources.lock.json")
 
 
 def test_changes_tell_new_gone_and_edited(project: Path) -> None:
@@ -363,8 +363,8 @@ def test_changes_tell_new_gone_and_edited(project: Path) -> None:
     assert [change.what for change in changes(None, lock)] == ["new", "new"]
     assert [change.what for change in changes(lock, empty)] == ["gone", "gone"]
     assert [change.what for change in changes(lock, resolve(params(licence="mit"), project))] == ["same", "edited"]
-    assert write_lock(lock, project / "sources.lock.json")
-    assert not write_lock(lock, project / "sources.lock.json")
+    assert lock.write(project / "sources.lock.json")
+    assert not lock.write(project / "sources.lock.json")
 
 
 def modelweld(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -396,7 +396,7 @@ def test_the_command_pins_and_checks(project: Path) -> None:
     assert modelweld(project, "stage", "fetch", "dataset-d").returncode == 2
 
 
-CHILD = "from pathlib import Path; from modelweld.sources import local, read_lock, fetch; import sys\n"
+CHILD = "from pathlib import Path; from modelweld.sources import Lock, local, fetch; import sys\n"
 
 
 def test_a_disk_that_fills_up_on_the_way(project: Path) -> None:
@@ -412,7 +412,7 @@ def test_a_disk_that_fills_up_on_the_way(project: Path) -> None:
         "    for block in read(*a, **k):\n"
         "        yield block\n"
         "        with open('small/other', 'ab') as other: other.write(bytes(2**20))\n"
-        "local.LocalPath.read = crowd; lock = read_lock(Path('sources.lock.json'))\n"
+        "local.LocalPath.read = crowd; lock = Lock.read_if_present(Path('sources.lock.json'))\n"
         "try: fetch(lock.pinned['model-base'], Path('small/models/base'), Path())\n"
         "except DiskFull as full: print(full, Path('small/models/base').exists())\n"
     )
@@ -436,7 +436,7 @@ def test_a_read_only_disk_is_named(project: Path) -> None:
     pin(params(), project)
     (project / "fixed").mkdir()
     program = CHILD + (
-        "from modelweld.errors import WorkspaceError; lock = read_lock(Path('sources.lock.json'))\n"
+        "from modelweld.errors import WorkspaceError; lock = Lock.read_if_present(Path('sources.lock.json'))\n"
         "try: fetch(lock.pinned['model-base'], Path('fixed/models/base'), Path())\n"
         "except WorkspaceError as error: print(error.exit_code, error)\n"
     )
@@ -463,7 +463,8 @@ def test_two_runs_that_fetch_the_same_source_at_once_both_get_it(project: Path) 
     model_at(project / "up/base", rows=100_000)  # 26 MB
     pin(params(), project)
     program = CHILD + (
-        "fetch(read_lock(Path('sources.lock.json')).pinned['model-base'], Path(sys.argv[1]) / 'models/base', Path())"
+        "lock = Lock.read(Path('sources.lock.json'))\n"
+        "fetch(lock.pinned['model-base'], Path(sys.argv[1]) / 'models/base', Path())"
     )
     children = [subprocess.Popen([sys.executable, "-c", program, name], cwd=project) for name in ("one", "two")]
     assert [child.wait(timeout=60) for child in children] == [0, 0]

@@ -12,11 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelweld.errors import GateRefused
-from modelweld.validation.gate import Gate, Result, stable
+from modelweld.formats.gate import Gate, Result, stable
+from modelweld.validation.gate import refuse
 
-GOOD = Result("model:a", "fine", critical=True, success=True, observed=1)
-WARNED = Result("model:a", "odd", critical=False, success=False, observed=2, where="models/a", hint="look")
-BAD = Result("task:t", "clean", True, False, {"rows": 3, "examples": ["[red]"]}, "datasets/t: row 1", "drop them")
+GOOD = Result(subject="model:a", expectation="fine", critical=True, success=True, observed=1)
+WARNED = Result(
+    subject="model:a", expectation="odd", critical=False, success=False, observed=2, where="models/a", hint="look"
+)
+BAD = Result(
+    subject="task:t",
+    expectation="clean",
+    critical=True,
+    success=False,
+    observed={"rows": 3, "examples": ["[red]"]},
+    where="datasets/t: row 1",
+    hint="drop them",
+)
 
 
 def test_a_warning_passes_and_a_critical_failure_does_not() -> None:
@@ -50,9 +61,9 @@ def test_a_file_linked_into_a_cache_is_replaced_not_written_into(tmp_path: Path)
 
 
 def test_the_refusal_shows_what_failed_where_and_how_to_mend_it() -> None:
-    Gate.of([GOOD, WARNED]).refuse(Path("gate.json"))
+    refuse(Gate.of([GOOD, WARNED]), Path("gate.json"))
     with pytest.raises(GateRefused) as error:
-        Gate.of([GOOD, WARNED, BAD]).refuse(Path("gate.json"))
+        refuse(Gate.of([GOOD, WARNED, BAD]), Path("gate.json"))
     for told in ("1 critical expectation failed", "task:t", "datasets/t: row 1", "drop them", "[red]"):
         assert told in error.value.what
     assert "models/a" not in error.value.what
@@ -60,9 +71,9 @@ def test_the_refusal_shows_what_failed_where_and_how_to_mend_it() -> None:
 
 
 def test_a_long_refusal_is_cut_and_says_so() -> None:
-    many = [Result(f"model:m{number}", "fine", True, False, 0, "there", "hint") for number in range(40)]
+    many = [BAD.model_copy(update={"subject": f"model:m{number}"}) for number in range(40)]
     with pytest.raises(GateRefused, match="and 15 more in the gate file"):
-        Gate.of(many).refuse(Path("gate.json"))
+        refuse(Gate.of(many), Path("gate.json"))
 
 
 def test_observed_values_are_plain_json() -> None:

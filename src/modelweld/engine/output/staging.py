@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 import uuid
@@ -16,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from modelweld.checkpoints.shards import disk_errors
-from modelweld.errors import ConfigError, ExternalError
+from modelweld.errors import CheckpointError, ConfigError, ExternalError
+from modelweld.formats.manifest import FILE, Manifest
 
-MANIFEST = "manifest.json"
 STAGING = ".modelweld-staging"
 _KEY_LENGTH = 16
 
@@ -90,11 +89,10 @@ def publish(directory: Path, out: Path) -> None:
 
 def _own_files(out: Path) -> set[str]:
     try:
-        document = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        listed = document["output"]["files"] if document["schema"].startswith("modelweld.manifest/") else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        listed = Manifest.read(out / FILE).output.files
+    except CheckpointError:
         return set()
-    return {MANIFEST, "README.md", *listed}
+    return {FILE, "README.md", *listed}
 
 
 def _files(out: Path) -> set[str]:

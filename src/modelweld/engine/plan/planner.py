@@ -313,7 +313,7 @@ def _key(recipe: Recipe, inputs: Inputs, tensors: list[TensorPlan], layout: Layo
         "base": identity(inputs.base) if inputs.base else None,
         "experts": [(e.label, e.weight, e.task, identity(e.checkpoint)) for e in inputs.experts],
         "adapters": {e.label: dict(e.adapter.config) for e in inputs.experts if e.adapter},
-        "tensors": [tensor.document() for tensor in tensors],
+        "tensors": [tensor.data() for tensor in tensors],
         "versions": {t.method: provenance(t.method) for t in tensors if t.method},
         "layout": [blake3(shard.header).hexdigest() for shard in layout.shards],
     }

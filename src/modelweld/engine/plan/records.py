@@ -84,7 +84,7 @@ class TensorPlan:
         two_pass = self.parameters is not None and method(self.parameters.method).statistics is not None
         return self.streamed and (device == "cpu" or not two_pass)
 
-    def document(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """This entry for machines: `plan --json`, the manifest."""
         document: dict[str, Any] = {
             "name": self.name,

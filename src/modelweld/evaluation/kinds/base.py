@@ -16,7 +16,7 @@ from modelweld.evaluation.cache import Predictions
 from modelweld.evaluation.dataset_spec import DatasetSpec
 from modelweld.evaluation.labels import Classes, LabelSpace
 from modelweld.evaluation.metrics import DIGITS, Resampling, score_systems
-from modelweld.evaluation.scores import BASE, SystemScores
+from modelweld.formats.scores import BASE, SystemScores
 from modelweld.kinds import KINDS, Declaration
 
 if TYPE_CHECKING:
