@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import reference_pages
 import repository_pages as repository
@@ -14,10 +15,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """List the decisions in the navigation, so that a new page in docs/adr needs no entry in mkdocs.yml."""
-    decisions = next(entry["Decisions"] for entry in config.nav or () if "Decisions" in entry)
-    decisions.extend(f"adr/{path.name}" for path in sorted((ROOT / "docs" / "adr").glob("0*.md")))
+    """Fill the parts of the navigation that follow from files and code: the decisions, and the documents' reference."""
+    nav = config.nav or []
+    decisions = sorted((ROOT / "docs" / "adr").glob("0*.md"))
+    _part(nav, "Decisions").extend(f"adr/{path.name}" for path in decisions)
+    documents = [{name: reference_pages.document_address(name)} for name in reference_pages.DOCUMENTS]
+    _part(nav, "Reference").append({"Documents": documents})
     return config
+
+
+def _part(nav: list[Any], title: str) -> list[Any]:
+    return next(entry[title] for entry in nav if title in entry)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

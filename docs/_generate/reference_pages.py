@@ -13,14 +13,15 @@ import schema_tables as tables
 import typer.main
 from typer.cli import get_docs_for_click
 
-from modelweld import merging
+from modelweld import formats, merging
 from modelweld.cli.app import COMMANDS, app
 from modelweld.config import json_schema
+from modelweld.formats import DOCUMENTS
 from modelweld.methods.method import Method
 from modelweld.methods.registry import methods
 
-# The keys of a method that stand on the page of recipes already.
 _NESTED = "{heading_level: 3}"
+# The keys of a method that stand on the page of recipes already.
 _IN_EVERY_METHOD = frozenset({"method", "scale"})
 
 
@@ -31,6 +32,9 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "reference/recipe.md", recipe_page()
     yield "reference/methods.md", methods_page()
     yield "reference/api/merging.md", merging_page()
+    for name in DOCUMENTS:
+        yield document_address(name), document_page(name)
+        yield f"reference/schemas/{name}.json", _json(formats.json_schema(name))
     for kind in ("params", "recipe"):
         yield f"reference/schemas/{kind}.json", _json(json_schema(kind))
 
@@ -84,6 +88,22 @@ def recipe_page() -> str:
     ]
     shared = tables.key_table(tables.common_keys(recipes))
     return _page("Recipe files", head, _schema_link("recipe"), shared, *sections)
+
+
+def document_address(name: str) -> str:
+    """Where the page of one document is."""
+    return f"reference/documents/{name}.md"
+
+
+def document_page(name: str) -> str:
+    """Every key of a document that modelweld writes."""
+    schema = formats.json_schema(name)
+    link = (
+        f"As JSON Schema, for auditors: [{name}.json](../schemas/{name}.json), or "
+        f"`modelweld schema --document {name}`. In Python: `modelweld.formats.{DOCUMENTS[name].__name__}`."
+    )
+    sections = [tables.section(part, definition) for part, definition in schema.get("$defs", {}).items()]
+    return _page(name, tables.prose(schema.get("description", "")), link, tables.key_table(schema), *sections)
 
 
 def methods_page() -> str:

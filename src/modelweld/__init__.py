@@ -3,7 +3,8 @@
 `merge` merges experts by a recipe, `plan` says beforehand what that takes, and `load` opens a merged directory with one
 task's head. `derive_spec` and `align` bring models of different initialisations to one order of units. Subpackages:
 `modelweld.merging` (the methods as functions on tensors), `modelweld.symmetry` (alignment), `modelweld.config` (recipes
-and params.yaml), `modelweld.evaluation` (scores), `modelweld.errors`.
+and params.yaml), `modelweld.evaluation` (scores), `modelweld.formats` (the documents that a run writes) and
+`modelweld.errors`.
 
     import modelweld
     modelweld.merge("recipe.yaml", "merged")
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from modelweld import config, errors, evaluation, merging, symmetry
+    from modelweld import config, errors, evaluation, formats, merging, symmetry
     from modelweld.checkpoints.loading import load
     from modelweld.stages.merge import merge
     from modelweld.stages.plan import plan
@@ -31,6 +32,7 @@ __all__ = [
     "derive_spec",
     "errors",
     "evaluation",
+    "formats",
     "load",
     "merge",
     "merging",
@@ -38,7 +40,7 @@ __all__ = [
     "symmetry",
 ]
 
-_SUBPACKAGES = frozenset({"config", "errors", "evaluation", "merging", "symmetry"})
+_SUBPACKAGES = frozenset({"config", "errors", "evaluation", "formats", "merging", "symmetry"})
 _DEFINED_IN = {
     "align": "modelweld.symmetry",
     "derive_spec": "modelweld.symmetry",

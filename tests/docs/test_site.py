@@ -14,6 +14,7 @@ import pytest
 from modelweld.cli.app import COMMANDS
 from modelweld.config import json_schema
 from modelweld.config.methods import METHODS
+from modelweld.formats import DOCUMENTS
 
 pytest.importorskip("mkdocs", reason="the docs extra is not installed: pip install 'modelweld[docs]'")
 
@@ -60,6 +61,13 @@ def test_every_key_of_params_and_recipes_is_in_the_reference(site: Path) -> None
     assert [
         key for key in json_schema()["properties"] if f"<code>{key}</code>" not in page(site, "reference/params")
     ] == []
+
+
+def test_every_document_is_in_the_reference(site: Path) -> None:
+    for name in DOCUMENTS:
+        schema = json.loads((site / f"reference/schemas/{name}.json").read_text(encoding="utf-8"))
+        text = page(site, f"reference/documents/{name}")
+        assert [key for key in schema["properties"] if f"<code>{key}</code>" not in text] == []
 
 
 def test_exported_functions_are_in_the_reference(site: Path) -> None:
