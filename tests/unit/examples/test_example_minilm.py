@@ -434,9 +434,8 @@ class TestPrepare:
     def test_what_is_up_to_date_starts_no_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given = replace(recipe.Recipe.read("demo"), out=tmp_path)
         keys = prepare.Keys.of(given)
-        for product, key in {"texts": keys.texts, "models/base": keys.base} | {
-            f"models/{task}": key for task, key in keys.experts.items()
-        }.items():
+        experts = {f"models/{task}": key for task, key in keys.experts.items()}
+        for product, key in {"texts": keys.texts, "models/base": keys.base, **experts}.items():
             (tmp_path / product).mkdir(parents=True)
             uptodate.Made(tmp_path).note(product, key)
         monkeypatch.setattr(prepare.worker, "start", lambda _: pytest.fail("a process was started"))
