@@ -136,7 +136,7 @@ def test_however_a_process_ends_nothing_is_lost_or_left_behind(tmp_path: Path, s
     wait_until(lambda: all(map(gone, workers)), "the workers were gone")
     if ending == "worker killed":
         assert coordinator.returncode == 3
-        assert "the process on cpu was ended by SIGKILL before its share was done" in words
+        assert "the process on cpu was ended by SIGKILL before its partition was finished" in words
         assert "what was finished is kept" in words
     elif ending == "interrupted":
         assert coordinator.returncode == 130
