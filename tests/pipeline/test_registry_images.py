@@ -23,6 +23,7 @@ from modelweld.stages.merge import merge_pipeline
 from modelweld.workspace import records
 from modelweld.workspace.initialise import initialise
 from tests.support.pictures import png
+from tests.support.scores import system_scores, task_scores
 
 TASKS = {"low": ("0", "1", "2"), "high": ("7", "8", "9")}
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
@@ -133,10 +134,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     git(root, "commit", "--quiet", "-m", "Begin")
     for command in (["repro", "--quiet"], ["push", "--quiet"]):
         subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
-    score = {"accuracy": {"value": 0.9}, "macro_f1": {"value": 0.9}, "normalised": 1.0, "model_digest": "0" * 64}
+    both = {"expert": system_scores(0.9, 1.0), "merged": system_scores(0.9, 1.0)}
     for task in TASKS:
-        document = {"version": 1, "task": task, "dataset_digest": "d" * 64, "rows": 60, "metric": "accuracy"}
-        write_json(root / "scores" / f"{task}.json", document | {"systems": {"expert": score, "merged": score}})
+        task_scores(task, both).write(root / "scores" / f"{task}.json")
     pinned = {}
     for name in names:
         files = {
